@@ -1,0 +1,137 @@
+"""Checks of arguments: every message names the argument, what came and what was expected.
+
+Only shapes, dtypes and devices are read, never values, so that no check waits for a GPU and none
+breaks a graph. `validate_assignments` and `validate_finite` do read values: they run for
+`validate_args=True` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SIMILARITIES = ("cosine", "dot")
+REDUCTIONS = ("mean", "sum")
+
+
+def finite_number(name: str, value: float, *, above: float | None = None) -> float:
+    """Return `value` as a float; it must be finite and >= 0, or > `above` where that is given."""
+    wanted = f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or (value < 0 if above is None else value <= above):
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return float(value)
+
+
+def flag(name: str, value: bool) -> bool:
+    """Return `value`, which must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name}: expected True or False, got {value!r} of type {type(value).__name__}"
+        )
+    return value
+
+
+def choice(name: str, value: str, options: tuple[str, ...]) -> str:
+    """Return `value`, which must be one of `options`."""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name}: expected one of {options}, got {value!r} of type {type(value).__name__}"
+        )
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {options}, got {value!r}")
+    return value
+
+
+def whole_number(name: str, value: int, minimum: int) -> int:
+    """Return `value`, which must be an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name}: expected an int >= {minimum}, got {value!r} of type {type(value).__name__}"
+        )
+    if value < minimum:
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
+    return value
+
+
+def cluster_counts(num_clusters: Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers of clusters as a tuple; there must be one at least, each >= 2."""
+    if isinstance(num_clusters, (str, bytes)) or not isinstance(num_clusters, Sequence):
+        raise TypeError(
+            "num_clusters: expected a sequence of ints >= 2 such as (32, 64, 128), "
+            f"got {num_clusters!r} of type {type(num_clusters).__name__}"
+        )
+    if len(num_clusters) == 0:
+        raise ValueError("num_clusters: expected at least one number of clusters, got none")
+    return tuple(whole_number(f"num_clusters[{i}]", k, 2) for i, k in enumerate(num_clusters))
+
+
+def matrix(name: str, tensor: Tensor, axes: str, *, min_columns: int = 1) -> None:
+    """Check a floating-point matrix with a row at least and `min_columns` columns at least."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {axes}, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got dtype {tensor.dtype}")
+    if tensor.ndim != 2:
+        raise ValueError(f"{name}: expected shape {axes}, got shape {tuple(tensor.shape)}")
+    if tensor.shape[0] < 1 or tensor.shape[1] < min_columns:
+        columns = axes.strip("()").split(", ")[1]
+        raise ValueError(
+            f"{name}: expected shape {axes} with n >= 1 and {columns} >= {min_columns}, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+
+
+def pair(name: str, value: Sequence[object], form: str) -> None:
+    """Check a tuple or list of two."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected a pair {form}, got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected a pair {form}, got {len(value)} items")
+
+
+def same_shape(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    """Check that two tensors have one shape and lie on one device."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(other.shape)} as {like} has, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    same_device(name, tensor, like, other)
+
+
+def same_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    """Check that two tensors lie on one device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: expected device {other.device} as {like} has, got device {tensor.device}"
+        )
+
+
+def validate_finite(name: str, tensor: Tensor) -> None:
+    """Check that every value is finite. Reads values: waits for a GPU."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite ones")
+
+
+def validate_assignments(name: str, tensor: Tensor) -> None:
+    """Check that rows are distributions over clusters. Reads values: waits for a GPU."""
+    validate_finite(name, tensor)
+    low = float(tensor.min())
+    if low < 0:
+        raise ValueError(f"{name}: expected values >= 0, got {low:g}")
+    sums = tensor.double().sum(dim=1)
+    off = (sums - 1).abs()
+    # Rounding K entries of a row moves its sum by about sqrt(K) units in the last place.
+    tolerance = 8 * torch.finfo(tensor.dtype).eps * math.sqrt(tensor.shape[1])
+    worst = int(off.argmax())
+    if float(off[worst]) > tolerance:
+        raise ValueError(
+            f"{name}: expected rows that sum to 1 (softmax over clusters), "
+            f"got {float(sums[worst]):.6g} in row {worst}"
+        )

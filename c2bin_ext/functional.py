@@ -1,0 +1,536 @@
+"""One pure function per equation of C2BIN: tensors in, tensors out, no state.
+
+| equation | function |
+| --- | --- |
+| Eq. 1, alignment of instances | `bootstrap_alignment_loss` |
+| Eq. 2-3, assignments and their columns | `cluster_assignments` |
+| Eq. 4, contrast of batch-wise cluster assignment vectors | `bca_contrastive_loss` |
+| Eq. 5, cluster mass and its entropy | `cluster_mass`, `cluster_entropy_regularizer` |
+| Eq. 5-7, sum over scales and total objective | `c2bin_loss` |
+
+Eq. 8, the follower's moving average, is `torch.optim.swa_utils.AveragedModel` with
+`get_ema_multi_avg_fn(momentum)`, or the host framework's own.
+
+All take half, single or double precision and compute in float32 at least, also under autocast.
+With `gather_distributed=True` every statistic that is a sum over instances is summed over ranks,
+see `c2bin_ext.distributed`. The source of every equation is "Learning Representations by
+Contrasting Clusters While Bootstrapping Instances", submitted to ICLR 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softmax
+
+from c2bin_ext import _checks, _fused
+from c2bin_ext._numerics import (
+    SMALLEST_MASS,
+    SMALLEST_RATIO,
+    at_least_float32,
+    inverse_norm,
+    without_autocast,
+)
+from c2bin_ext.distributed import sum_over_ranks, world_size
+
+__all__ = [
+    "C2BINLossOutput",
+    "bca_contrastive_loss",
+    "bootstrap_alignment_loss",
+    "c2bin_loss",
+    "cluster_assignments",
+    "cluster_entropy_regularizer",
+    "cluster_mass",
+]
+
+
+class C2BINLossOutput(NamedTuple):
+    """The objective and its three terms before weighting, each a 0-dim tensor."""
+
+    loss: Tensor
+    alignment: Tensor
+    contrast: Tensor
+    entropy: Tensor
+
+
+def bootstrap_alignment_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    gather_distributed: bool = False,
+    validate_args: bool = False,
+) -> Tensor:
+    """Cosine distance of predictions from the follower's targets, Eq. 1.
+
+    Formula: `L_align = mean_i (1 - ⟨p_i, sg(z_i)⟩ / (‖p_i‖ ‖z_i‖))`, with `sg` the stop-gradient.
+    A zero vector has cosine 0 with everything, and no gradient.
+
+    Args:
+        prediction: predictor outputs of the runner for one view, (n, d).
+        target: projector outputs of the follower for the other view, (n, d); never gets gradient.
+        gather_distributed: average over the instances of all ranks. Matters only where ranks hold
+            different numbers of instances: else DDP's averaging gives the same gradient.
+        validate_args: check that all values are finite; waits for the GPU.
+
+    Returns:
+        A 0-dim loss in [0, 2], float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not (n, d) with n >= 1 and d >= 1, or shapes or devices that differ.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext.functional import bootstrap_alignment_loss
+        >>> bootstrap_alignment_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor(1.)
+
+    Source: C2BIN, section 3.2, after Grill et al., "Bootstrap your own latent", 2020.
+    """
+    _check_embeddings("prediction", prediction, "target", target, validate_args)
+    cosines, count = _cosine_sum(prediction, target), prediction.shape[0]
+    if _spans_ranks(gather_distributed):
+        cosines, count = sum_over_ranks([cosines, cosines.new_full((), count)])
+    return 1 - cosines / count
+
+
+def cluster_assignments(logits: Tensor, num_clusters: Sequence[int]) -> tuple[Tensor, ...]:
+    """Soft assignments of every scale from the logits of one fused linear map, Eq. 2-3 and 6.
+
+    Formula: `P = softmax(z)` over the K logits of a head. Row i is the membership of instance i;
+    column k is the batch-wise cluster assignment vector `c_k = P[:, k]`.
+
+    Args:
+        logits: scores of all heads side by side, (n, ΣK).
+        num_clusters: K of each head, in the order of the columns of `logits`.
+
+    Returns:
+        A tuple with one (n, K) tensor per head, rows sum to 1, float32 (float64 stays).
+
+    Raises:
+        TypeError: `logits` is not a floating-point tensor, `num_clusters` no sequence of ints.
+        ValueError: shapes do not fit, or a K < 2.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext.functional import cluster_assignments
+        >>> fine, coarse = cluster_assignments(torch.zeros(3, 6), (4, 2))
+        >>> fine.shape, coarse[0]
+        (torch.Size([3, 4]), tensor([0.5000, 0.5000]))
+
+    Source: C2BIN, sections 3.3 and 3.4.
+    """
+    counts = _checks.cluster_counts(num_clusters)
+    _checks.matrix("logits", logits, "(n, ΣK)", min_columns=2)
+    if logits.shape[1] != sum(counts):
+        raise ValueError(
+            f"logits: expected {sum(counts)} columns for num_clusters {counts}, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    (logits,) = at_least_float32(logits)
+    return tuple(softmax(part, dim=1) for part in logits.split(counts, dim=1))
+
+
+def bca_contrastive_loss(
+    assignments0: Tensor,
+    assignments1: Tensor,
+    *,
+    temperature: float = 0.5,
+    similarity: str = "cosine",
+    positive_in_denominator: bool = True,
+    symmetric: bool = True,
+    gather_distributed: bool = False,
+    validate_args: bool = False,
+) -> Tensor:
+    """Contrast of batch-wise cluster assignment vectors (BCAs) between two views, Eq. 4.
+
+    Formula: `L_bca = mean_k -log( exp(S_kk) / Σ_{j ∈ D(k)} exp(S_kj) )` with `S = C'ᵀC''/τ`,
+    where the columns of C' and C'' are the BCAs of the two views. `D(k)` is all clusters, or
+    all but k.
+
+    Args:
+        assignments0: one head's assignments of view 0, (n, K), rows sum to 1.
+        assignments1: the same head's assignments of view 1, (n, K).
+        temperature: τ > 0.
+        similarity: `"cosine"` divides every column by its norm over the batch, so that the scale
+            of S does not depend on n; `"dot"` is the formula as printed.
+        positive_in_denominator: whether `D(k)` holds k, as in InfoNCE; the printed indicator
+            leaves it out, and the loss is then not bounded below.
+        symmetric: average the directions view 0 to view 1 and view 1 to view 0; otherwise the
+            first alone, as printed.
+        gather_distributed: contrast the columns of the global batch, over all ranks.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+
+    Returns:
+        A 0-dim loss, float32 (float64 for float64 inputs). It is log K when all columns are
+        alike, and, with `"cosine"` and the positive kept, at least
+        `log(1 + (K - 1) exp(-1/τ))`, reached when columns agree and do not overlap.
+
+    Raises:
+        TypeError: not a floating-point tensor, or an option of the wrong type.
+        ValueError: not (n, K) with n >= 1 and K >= 2, shapes or devices that differ, τ <= 0, or
+            an unknown option.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext.functional import bca_contrastive_loss
+        >>> bca_contrastive_loss(torch.eye(4), torch.eye(4), temperature=1.0)
+        tensor(0.7437)
+
+    Source: C2BIN, section 3.3.
+    """
+    options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
+    _check_assignments("assignments0", assignments0, validate_args)
+    _check_assignments("assignments1", assignments1, validate_args)
+    _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
+    view0, view1 = at_least_float32(assignments0, assignments1)
+    if _spans_ranks(gather_distributed):
+        sums = sum_over_ranks(_contrast_sums(view0, view1, options))
+        return _contrast_from_sums(iter(sums), options)
+    return _local_contrast(view0, view1, options)
+
+
+def cluster_mass(assignments: Tensor) -> Tensor:
+    """Mass of each cluster, the sum of its column, Eq. 5.
+
+    Formula: `s_k = Σ_i P[i, k]`.
+
+    Args:
+        assignments: one head's assignments, (n, K), rows sum to 1.
+
+    Returns:
+        The masses, (K,); they sum to n.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not (n, K) with n >= 1 and K >= 2.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext.functional import cluster_mass
+        >>> cluster_mass(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+        tensor([1.5000, 0.5000])
+
+    Source: C2BIN, section 3.3.
+    """
+    _checks.matrix("assignments", assignments, "(n, K)", min_columns=2)
+    (assignments,) = at_least_float32(assignments)
+    return assignments.sum(dim=0)
+
+
+def cluster_entropy_regularizer(
+    assignments: Tensor,
+    *,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    validate_args: bool = False,
+) -> Tensor:
+    """How far cluster masses are from balance, to be MINIMISED; Eq. 5.
+
+    Formula: `L_ent = log K - H(ŝ) >= 0` with `s_k = Σ_i P[i, k]`, `ŝ = s / Σ s` and
+    `H(ŝ) = -Σ_k ŝ_k log ŝ_k`. It is 0 when clusters are balanced and log K when one holds
+    everything; its gradient is that of -H, the term that the paper subtracts.
+
+    Args:
+        assignments: one head's assignments, (n, K), rows sum to 1.
+        reduction: `"mean"` takes the entropy of the shares ŝ; `"sum"` multiplies by the number of
+            instances n, which has the gradient of the entropy of the raw masses s, as printed.
+        gather_distributed: balance clusters over the global batch of all ranks.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+
+    Returns:
+        A 0-dim loss, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: not a floating-point tensor, or an option of the wrong type.
+        ValueError: not (n, K) with n >= 1 and K >= 2, or an unknown reduction.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext.functional import cluster_entropy_regularizer
+        >>> cluster_entropy_regularizer(torch.eye(4))
+        tensor(0.)
+        >>> cluster_entropy_regularizer(torch.eye(4)[[0, 0, 0, 0]])
+        tensor(1.3863)
+
+    Source: C2BIN, section 3.3.
+    """
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    _check_assignments("assignments", assignments, validate_args)
+    (assignments,) = at_least_float32(assignments)
+    count: float | Tensor = assignments.shape[0]
+    if _spans_ranks(gather_distributed):
+        mass, count = sum_over_ranks([cluster_mass(assignments), assignments.new_full((), count)])
+        gap = _balance_gap(mass)
+    else:
+        gap = _local_balance_gap(assignments)
+    return gap * count if reduction == "sum" else gap
+
+
+def c2bin_loss(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    assignments: Sequence[Sequence[Tensor]],
+    *,
+    cluster_weight: float = 2.0,
+    entropy_weight: float = 1.0,
+    temperature: float = 0.5,
+    similarity: str = "cosine",
+    positive_in_denominator: bool = True,
+    symmetric: bool = True,
+    symmetric_alignment: bool = True,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    validate_args: bool = False,
+) -> C2BINLossOutput:
+    """The whole objective of C2BIN, Eq. 5-7.
+
+    Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K. L_align
+    is `bootstrap_alignment_loss`, L_bca `bca_contrastive_loss` and L_ent
+    `cluster_entropy_regularizer`, averaged over the two views.
+
+    Args:
+        predictions: (p0, p1), the runner's predictor outputs of the two views, each (n, d).
+        targets: (z0, z1), the follower's projector outputs, each (n, d). p0 is aligned with z1
+            and p1 with z0.
+        assignments: (heads of view 0, heads of view 1), each a sequence of (n, K) tensors with
+            the same K at the same place, such as `MultiScaleClusterHead` returns.
+        cluster_weight: λ_clust >= 0.
+        entropy_weight: λ_ent >= 0.
+        temperature: τ > 0, see `bca_contrastive_loss`.
+        similarity: `"cosine"` or `"dot"`, see `bca_contrastive_loss`.
+        positive_in_denominator: see `bca_contrastive_loss`.
+        symmetric: contrast in both directions, see `bca_contrastive_loss`.
+        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise the
+            first alone, as printed, and p1 and z0 are not read.
+        reduction: `"mean"` or `"sum"`, see `cluster_entropy_regularizer`.
+        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
+            global batch, with one all-reduce of O(ΣK²) numbers for all terms together. Local
+            batches may differ in size.
+        validate_args: check that values are finite and rows of assignments sum to 1; waits for
+            the GPU.
+
+    Returns:
+        `C2BINLossOutput(loss, alignment, contrast, entropy)`; contrast and entropy are summed over
+        scales, and no weight is applied to the last three.
+
+    Raises:
+        TypeError: something is not a floating-point tensor, no pair, or an option of wrong type.
+        ValueError: shapes, devices or numbers of heads that do not fit, an unknown option, τ <= 0,
+            or a weight < 0.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext.functional import c2bin_loss
+        >>> embeddings, heads = torch.eye(4), (torch.eye(4), torch.eye(4)[:, :2].softmax(dim=1))
+        >>> output = c2bin_loss((embeddings,) * 2, (embeddings,) * 2, (heads, heads))
+        >>> output.alignment, output.entropy
+        (tensor(0.), tensor(0.))
+
+    Source: C2BIN, sections 3.3 to 3.5.
+    """
+    cluster_weight = _checks.finite_number("cluster_weight", cluster_weight)
+    entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
+    _checks.flag("symmetric_alignment", symmetric_alignment)
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
+    aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
+    heads = [
+        at_least_float32(*views)
+        for views in _check_heads(assignments, aligned[0][0], validate_args)
+    ]
+
+    cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
+    count: float | Tensor = aligned[0][0].shape[0]
+    if _spans_ranks(gather_distributed):
+        sums = [*cosines, cosines[0].new_full((), count)]
+        for view0, view1 in heads:
+            sums += [cluster_mass(view0), cluster_mass(view1)]
+            sums += _contrast_sums(view0, view1, options)
+        totals = iter(sum_over_ranks(sums))
+        cosines, count = [next(totals) for _ in cosines], next(totals)
+        contrasts, gaps = [], []
+        for _ in heads:
+            gaps += [_balance_gap(next(totals)), _balance_gap(next(totals))]
+            contrasts.append(_contrast_from_sums(totals, options))
+    else:
+        contrasts = [_local_contrast(view0, view1, options) for view0, view1 in heads]
+        gaps = [_local_balance_gap(view) for views in heads for view in views]
+
+    alignment = 1 - reduce(torch.add, cosines) / (count * len(cosines))
+    contrast = reduce(torch.add, contrasts)
+    entropy = reduce(torch.add, gaps) / 2
+    if reduction == "sum":
+        entropy = entropy * count
+    loss = alignment + cluster_weight * (contrast + entropy_weight * entropy)
+    return C2BINLossOutput(loss, alignment, contrast, entropy)
+
+
+def _spans_ranks(gather_distributed: bool) -> bool:
+    return _checks.flag("gather_distributed", gather_distributed) and world_size() > 1
+
+
+def _check_embeddings(
+    name0: str, prediction: Tensor, name1: str, target: Tensor, validate_args: bool
+) -> None:
+    for name, tensor in ((name0, prediction), (name1, target)):
+        _checks.matrix(name, tensor, "(n, d)")
+        if _checks.flag("validate_args", validate_args):
+            _checks.validate_finite(name, tensor)
+    _checks.same_shape(name1, target, name0, prediction)
+
+
+def _check_assignments(name: str, assignments: Tensor, validate_args: bool) -> None:
+    _checks.matrix(name, assignments, "(n, K)", min_columns=2)
+    if _checks.flag("validate_args", validate_args):
+        _checks.validate_assignments(name, assignments)
+
+
+def _check_aligned(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    symmetric_alignment: bool,
+    validate_args: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the pairs (prediction, target of the other view) that Eq. 1 compares."""
+    _checks.pair("predictions", predictions, "(p0, p1)")
+    _checks.pair("targets", targets, "(z0, z1)")
+    directions = (0, 1) if symmetric_alignment else (0,)
+    for view in directions:
+        _check_embeddings(
+            f"predictions[{view}]",
+            predictions[view],
+            f"targets[{1 - view}]",
+            targets[1 - view],
+            validate_args,
+        )
+    if symmetric_alignment:
+        _checks.same_shape("predictions[1]", predictions[1], "predictions[0]", predictions[0])
+    return [(predictions[view], targets[1 - view]) for view in directions]
+
+
+def _check_heads(
+    assignments: Sequence[Sequence[Tensor]], prediction: Tensor, validate_args: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Return per head the assignments of both views."""
+    _checks.pair("assignments", assignments, "(heads of view 0, heads of view 1)")
+    for view, heads in enumerate(assignments):
+        if isinstance(heads, Tensor) or not isinstance(heads, Sequence):
+            raise TypeError(
+                f"assignments[{view}]: expected a sequence of (n, K) tensors, one per head, "
+                f"got {type(heads).__name__}"
+            )
+    if len(assignments[0]) != len(assignments[1]) or not assignments[0]:
+        raise ValueError(
+            "assignments: expected the same number of heads, one at least, for both views, "
+            f"got {len(assignments[0])} and {len(assignments[1])}"
+        )
+    pairs = list(zip(*assignments, strict=True))
+    for head, views in enumerate(pairs):
+        for view, tensor in enumerate(views):
+            name = f"assignments[{view}][{head}]"
+            _check_assignments(name, tensor, validate_args)
+            if tensor.shape[0] != prediction.shape[0]:
+                raise ValueError(
+                    f"{name}: expected n = {prediction.shape[0]} rows as predictions[0] has, "
+                    f"got shape {tuple(tensor.shape)}"
+                )
+            _checks.same_device(name, tensor, "predictions[0]", prediction)
+        _checks.same_shape(f"assignments[1][{head}]", views[1], f"assignments[0][{head}]", views[0])
+    return pairs
+
+
+class _ContrastOptions(NamedTuple):
+    temperature: float
+    similarity: str
+    positive_in_denominator: bool
+    symmetric: bool
+
+
+def _contrast_options(
+    temperature: float, similarity: str, positive_in_denominator: bool, symmetric: bool
+) -> _ContrastOptions:
+    return _ContrastOptions(
+        _checks.finite_number("temperature", temperature, above=0),
+        _checks.choice("similarity", similarity, _checks.SIMILARITIES),
+        _checks.flag("positive_in_denominator", positive_in_denominator),
+        _checks.flag("symmetric", symmetric),
+    )
+
+
+def _contrast_sums(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> list[Tensor]:
+    """Return what Eq. 4 needs of a batch: the Gram matrix C'ᵀC'' and, for cosines, ‖c_k‖²."""
+    with without_autocast(view0):
+        gram = view0.T @ view1
+    if options.similarity == "dot":
+        return [gram]
+    return [gram, (view0 * view0).sum(dim=0), (view1 * view1).sum(dim=0)]
+
+
+def _contrast_from_sums(sums: Iterator[Tensor], options: _ContrastOptions) -> Tensor:
+    """Eq. 4 from the sums over instances of `_contrast_sums`, which are next in `sums`."""
+    logits = next(sums) / options.temperature
+    if options.similarity == "cosine":
+        logits = logits * inverse_norm(next(sums))[:, None] * inverse_norm(next(sums))
+    negatives = logits
+    if not options.positive_in_denominator:
+        own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
+        negatives = logits.masked_fill(own, -torch.inf)
+    denominator = negatives.logsumexp(dim=1).mean()
+    if options.symmetric:
+        denominator = (denominator + negatives.logsumexp(dim=0).mean()) / 2
+    return denominator - logits.diagonal().mean()
+
+
+def _local_contrast(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> Tensor:
+    def formula(view0: Tensor, view1: Tensor) -> Tensor:
+        return _contrast_from_sums(iter(_contrast_sums(view0, view1, options)), options)
+
+    if (
+        options.similarity == "cosine"
+        and options.temperature >= _fused.MIN_TEMPERATURE
+        and _fused.usable(view0, view1)
+    ):
+        return _fused.CosineContrast.apply(
+            view0,
+            view1,
+            options.temperature,
+            options.positive_in_denominator,
+            options.symmetric,
+            formula,
+        )
+    return formula(view0, view1)
+
+
+def _balance_gap(mass: Tensor) -> Tensor:
+    """Eq. 5 as log K - H(ŝ), from the masses of the clusters."""
+    share = mass / mass.sum().clamp_min(SMALLEST_MASS)
+    # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
+    ratio = share * share.shape[0]
+    return (share * (ratio + SMALLEST_RATIO).log()).sum().clamp_min(0)
+
+
+def _local_balance_gap(assignments: Tensor) -> Tensor:
+    def formula(assignments: Tensor) -> Tensor:
+        return _balance_gap(assignments.sum(dim=0))
+
+    if _fused.usable(assignments):
+        return _fused.BalanceGap.apply(assignments, formula)
+    return formula(assignments)
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    # Dividing by the largest entry first keeps squares inside the range of the dtype.
+    largest = rows.detach().abs().amax(dim=1, keepdim=True)
+    rows = rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows * inverse_norm((rows * rows).sum(dim=1, keepdim=True))
+
+
+def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
+    """Sum of the cosines of Eq. 1 over instances."""
+    prediction, target = at_least_float32(prediction, target.detach())
+    return (_unit_rows(prediction) * _unit_rows(target)).sum()

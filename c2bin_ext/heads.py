@@ -1,0 +1,103 @@
+"""The cluster heads of several scales over one representation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from c2bin_ext import _checks, functional
+from c2bin_ext._numerics import at_least_float32, without_autocast
+
+__all__ = ["MultiScaleClusterHead"]
+
+
+class MultiScaleClusterHead(nn.Module):
+    """Soft cluster assignments at several scales from one representation, Eq. 2-3 and 6.
+
+    Formula: `P_K = softmax(W_K r + b_K)` for every K. The maps of all scales are one fused linear
+    of ΣK outputs, `linear`, computed in float32 also under autocast.
+
+    Args:
+        in_features: size d of the runner's backbone features (before any projector).
+        num_clusters: K of each head, in the order of the outputs.
+        bias: whether the linear map has a bias.
+
+    Returns:
+        Called with `features` (n, d): a tuple with one (n, K) tensor per head, rows sum to 1,
+        float32 (float64 stays).
+
+    Raises:
+        TypeError: an argument of the wrong type, or features that are not floating-point.
+        ValueError: in_features < 1, no K or a K < 2; at the call, features that are not (n, d),
+            n >= 1, or lie on another device.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext import MultiScaleClusterHead
+        >>> head = MultiScaleClusterHead(in_features=512)
+        >>> [tuple(assignments.shape) for assignments in head(torch.randn(16, 512))]
+        [(16, 32), (16, 64), (16, 128)]
+
+    Source: C2BIN, sections 3.3 and 3.4.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_clusters: Sequence[int] = (32, 64, 128),
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features = _checks.whole_number("in_features", in_features, 1)
+        self.num_clusters = _checks.cluster_counts(num_clusters)
+        self.linear = nn.Linear(
+            in_features, sum(self.num_clusters), bias=_checks.flag("bias", bias)
+        )
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        return functional.cluster_assignments(self._scores(features), self.num_clusters)
+
+    def logits(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Scores of every head before the softmax, `W_K r + b_K`.
+
+        Formula: `z = W r + b`, the argument of the softmax in Eq. 2.
+
+        Args:
+            features: the runner's backbone features, (n, d).
+
+        Returns:
+            A tuple with one (n, K) tensor per head, float32 (float64 stays).
+
+        Raises:
+            TypeError: features that are not floating-point.
+            ValueError: features that are not (n, d), n >= 1, or lie on another device.
+
+        Example:
+            >>> import torch
+            >>> from c2bin_ext import MultiScaleClusterHead
+            >>> coarse, fine = MultiScaleClusterHead(8, (4, 16)).logits(torch.randn(2, 8))
+            >>> fine.shape
+            torch.Size([2, 16])
+
+        Source: C2BIN, section 3.3.
+        """
+        return self._scores(features).split(self.num_clusters, dim=1)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_clusters={self.num_clusters}"
+
+    def _scores(self, features: Tensor) -> Tensor:
+        _checks.matrix("features", features, "(n, d)")
+        weight, bias = self.linear.weight, self.linear.bias
+        if features.shape[1] != self.in_features:
+            raise ValueError(
+                f"features: expected shape (n, {self.in_features}) for in_features="
+                f"{self.in_features}, got shape {tuple(features.shape)}"
+            )
+        _checks.same_device("features", features, "the head's weight", weight)
+        with without_autocast(features):
+            if bias is None:
+                return linear(*at_least_float32(features, weight))
+            return linear(*at_least_float32(features, weight, bias))

@@ -1,0 +1,312 @@
+"""The losses as modules: each holds its configuration and makes one call into `functional`.
+
+They have no parameters and no buffers, so that adding one to a model leaves its checkpoints alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from c2bin_ext import _checks, functional
+from c2bin_ext.functional import C2BINLossOutput
+
+__all__ = [
+    "BCAContrastiveLoss",
+    "BootstrapAlignmentLoss",
+    "C2BINLoss",
+    "ClusterEntropyRegularizer",
+]
+
+
+class _Loss(nn.Module):
+    def __init__(self, *, gather_distributed: bool, validate_args: bool) -> None:
+        super().__init__()
+        self.gather_distributed = _checks.flag("gather_distributed", gather_distributed)
+        self.validate_args = _checks.flag("validate_args", validate_args)
+
+    def extra_repr(self) -> str:
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        del options["training"]
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+class BootstrapAlignmentLoss(_Loss):
+    """Cosine distance of predictions from the follower's targets, Eq. 1.
+
+    Formula: `L_align = mean_i (1 - ⟨p_i, sg(z_i)⟩ / (‖p_i‖ ‖z_i‖))`, with `sg` the stop-gradient:
+    targets are detached inside.
+
+    Args:
+        gather_distributed: average over the instances of all ranks; matters only where ranks hold
+            different numbers of instances.
+        validate_args: check that all values are finite; waits for the GPU.
+
+    Returns:
+        Called with `prediction` (n, d) and `target` (n, d): a 0-dim loss in [0, 2].
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: at the call, shapes or devices that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext import BootstrapAlignmentLoss
+        >>> criterion = BootstrapAlignmentLoss()
+        >>> criterion(torch.tensor([[1.0, 0.0]]), torch.tensor([[-3.0, 0.0]]))
+        tensor(2.)
+
+    Source: C2BIN, section 3.2; `functional.bootstrap_alignment_loss`.
+    """
+
+    def __init__(self, *, gather_distributed: bool = False, validate_args: bool = False) -> None:
+        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return functional.bootstrap_alignment_loss(
+            prediction,
+            target,
+            gather_distributed=self.gather_distributed,
+            validate_args=self.validate_args,
+        )
+
+
+class BCAContrastiveLoss(_Loss):
+    """Contrast of batch-wise cluster assignment vectors (BCAs) between two views, Eq. 4.
+
+    Formula: `L_bca = mean_k -log( exp(S_kk) / Σ_{j ∈ D(k)} exp(S_kj) )` with `S = C'ᵀC''/τ`,
+    where the columns of C' and C'' are the BCAs of the two views.
+
+    Args:
+        temperature: τ > 0.
+        similarity: `"cosine"` divides every column by its norm over the batch; `"dot"` is the
+            formula as printed.
+        positive_in_denominator: whether `D(k)` holds k; the printed indicator leaves it out.
+        symmetric: average both directions; otherwise view 0 to view 1 alone, as printed.
+        gather_distributed: contrast the columns of the global batch, over all ranks. The loss and,
+            after DDP's averaging, the gradient are those of one process on the whole batch.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+
+    Returns:
+        Called with `assignments0` (n, K) and `assignments1` (n, K): a 0-dim loss.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: τ <= 0 or an unknown option; at the call, shapes or devices that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext import BCAContrastiveLoss
+        >>> criterion = BCAContrastiveLoss(temperature=1.0)
+        >>> criterion(torch.eye(4), torch.eye(4))
+        tensor(0.7437)
+
+    Source: C2BIN, section 3.3; `functional.bca_contrastive_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        similarity: str = "cosine",
+        positive_in_denominator: bool = True,
+        symmetric: bool = True,
+        gather_distributed: bool = False,
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
+        self.temperature = _checks.finite_number("temperature", temperature, above=0)
+        self.similarity = _checks.choice("similarity", similarity, _checks.SIMILARITIES)
+        self.positive_in_denominator = _checks.flag(
+            "positive_in_denominator", positive_in_denominator
+        )
+        self.symmetric = _checks.flag("symmetric", symmetric)
+
+    def forward(self, assignments0: Tensor, assignments1: Tensor) -> Tensor:
+        return functional.bca_contrastive_loss(
+            assignments0,
+            assignments1,
+            temperature=self.temperature,
+            similarity=self.similarity,
+            positive_in_denominator=self.positive_in_denominator,
+            symmetric=self.symmetric,
+            gather_distributed=self.gather_distributed,
+            validate_args=self.validate_args,
+        )
+
+
+class ClusterEntropyRegularizer(_Loss):
+    """How far cluster masses are from balance, to be MINIMISED; Eq. 5.
+
+    Formula: `L_ent = log K - H(ŝ) >= 0` with `s_k = Σ_i P[i, k]` and `ŝ = s / Σ s`; 0 when
+    clusters are balanced. Its gradient is that of -H, the term that the paper subtracts.
+
+    Args:
+        reduction: `"mean"` takes the entropy of the shares ŝ; `"sum"` is n times that, which has
+            the gradient of the entropy of the raw masses s, as printed.
+        gather_distributed: balance clusters over the global batch of all ranks.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+
+    Returns:
+        Called with `assignments` (n, K): a 0-dim loss in [0, log K], times n for `"sum"`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown reduction; at the call, a shape that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext import ClusterEntropyRegularizer
+        >>> regularizer = ClusterEntropyRegularizer()
+        >>> regularizer(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+        tensor(0.1308)
+
+    Source: C2BIN, section 3.3; `functional.cluster_entropy_regularizer`.
+    """
+
+    def __init__(
+        self,
+        reduction: str = "mean",
+        gather_distributed: bool = False,
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
+        self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+
+    def forward(self, assignments: Tensor) -> Tensor:
+        return functional.cluster_entropy_regularizer(
+            assignments,
+            reduction=self.reduction,
+            gather_distributed=self.gather_distributed,
+            validate_args=self.validate_args,
+        )
+
+
+class C2BINLoss(_Loss):
+    """The whole objective of C2BIN, Eq. 5-7.
+
+    Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
+
+    Args:
+        cluster_weight: λ_clust >= 0.
+        entropy_weight: λ_ent >= 0.
+        temperature: τ > 0, see `BCAContrastiveLoss`.
+        similarity: `"cosine"` or `"dot"`, see `BCAContrastiveLoss`.
+        positive_in_denominator: see `BCAContrastiveLoss`.
+        symmetric: contrast in both directions, see `BCAContrastiveLoss`.
+        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise the
+            first alone, as printed, and p1 and z0 are not read.
+        reduction: `"mean"` or `"sum"`, see `ClusterEntropyRegularizer`.
+        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
+            global batch over all ranks, with one all-reduce.
+        validate_args: check that values are finite and rows of assignments sum to 1; waits for
+            the GPU.
+
+    Returns:
+        Called with `predictions` (p0, p1), `targets` (z0, z1), each (n, d), and `assignments`
+        (heads of view 0, heads of view 1), each a sequence of (n, K):
+        `C2BINLossOutput(loss, alignment, contrast, entropy)`, 0-dim tensors. Only `loss` is
+        weighted.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: τ <= 0, a weight < 0, an unknown option; at the call, shapes, devices or
+            numbers of heads that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+        >>> head = MultiScaleClusterHead(in_features=8, num_clusters=(2, 4))
+        >>> features0, features1 = torch.randn(16, 8), torch.randn(16, 8)
+        >>> predictions, targets = torch.randn(2, 16, 6), torch.randn(2, 16, 6)
+        >>> output = C2BINLoss()(
+        ...     predictions=tuple(predictions),
+        ...     targets=tuple(targets),
+        ...     assignments=(head(features0), head(features1)),
+        ... )
+        >>> output.loss.shape
+        torch.Size([])
+
+    Source: C2BIN, sections 3.3 to 3.5; `functional.c2bin_loss`.
+    """
+
+    def __init__(
+        self,
+        cluster_weight: float = 2.0,
+        entropy_weight: float = 1.0,
+        temperature: float = 0.5,
+        similarity: str = "cosine",
+        positive_in_denominator: bool = True,
+        symmetric: bool = True,
+        symmetric_alignment: bool = True,
+        reduction: str = "mean",
+        gather_distributed: bool = False,
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
+        self.cluster_weight = _checks.finite_number("cluster_weight", cluster_weight)
+        self.entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
+        self.temperature = _checks.finite_number("temperature", temperature, above=0)
+        self.similarity = _checks.choice("similarity", similarity, _checks.SIMILARITIES)
+        self.positive_in_denominator = _checks.flag(
+            "positive_in_denominator", positive_in_denominator
+        )
+        self.symmetric = _checks.flag("symmetric", symmetric)
+        self.symmetric_alignment = _checks.flag("symmetric_alignment", symmetric_alignment)
+        self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> C2BINLoss:
+        """Return the objective with every formula as printed, and the weights of Table 5.
+
+        Formula: Eq. 1 and 4 in one direction, dot products, the positive left out of its own
+        denominator, the entropy of the raw masses.
+
+        Args:
+            overrides: any argument of `C2BINLoss`, such as the weights and the temperature of
+                Table 7 or 10.
+
+        Returns:
+            The loss. It trains worse than the default: see the Decisions page.
+
+        Raises:
+            TypeError: an unknown argument.
+
+        Example:
+            >>> from c2bin_ext import C2BINLoss
+            >>> C2BINLoss.paper(temperature=1.0, cluster_weight=1.0).similarity
+            'dot'
+
+        Source: C2BIN, Eq. 1-7 and Table 5.
+        """
+        printed: dict[str, Any] = {
+            "similarity": "dot",
+            "positive_in_denominator": False,
+            "symmetric": False,
+            "symmetric_alignment": False,
+            "reduction": "sum",
+        }
+        return cls(**(printed | overrides))
+
+    def forward(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        assignments: Sequence[Sequence[Tensor]],
+    ) -> C2BINLossOutput:
+        return functional.c2bin_loss(
+            predictions,
+            targets,
+            assignments,
+            cluster_weight=self.cluster_weight,
+            entropy_weight=self.entropy_weight,
+            temperature=self.temperature,
+            similarity=self.similarity,
+            positive_in_denominator=self.positive_in_denominator,
+            symmetric=self.symmetric,
+            symmetric_alignment=self.symmetric_alignment,
+            reduction=self.reduction,
+            gather_distributed=self.gather_distributed,
+            validate_args=self.validate_args,
+        )

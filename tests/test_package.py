@@ -1,0 +1,161 @@
+"""What importing the package brings in, what it exports, and what its docstrings say."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import c2bin_ext
+from c2bin_ext import functional
+
+PUBLIC = {
+    "BCAContrastiveLoss",
+    "BootstrapAlignmentLoss",
+    "ClusterEntropyRegularizer",
+    "MultiScaleClusterHead",
+    "C2BINLoss",
+    "C2BINLossOutput",
+    "functional",
+    "__version__",
+}
+EQUATIONS = {
+    "bootstrap_alignment_loss": "1",
+    "cluster_assignments": "2",
+    "bca_contrastive_loss": "4",
+    "cluster_mass": "5",
+    "cluster_entropy_regularizer": "5",
+    "c2bin_loss": "7",
+}
+CLASSES = {
+    "BCAContrastiveLoss": "4",
+    "BootstrapAlignmentLoss": "1",
+    "ClusterEntropyRegularizer": "5",
+    "MultiScaleClusterHead": "6",
+    "C2BINLoss": "7",
+}
+ROOT = Path(c2bin_ext.__file__).parent.parent
+
+
+def fresh(program: str, *options: str) -> str:
+    """What a program prints in an interpreter that has imported nothing of ours."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *options, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_import_needs_torch_alone() -> None:
+    program = """
+import sys
+def top():
+    return {name.partition(".")[0] for name in sys.modules}
+import torch
+before = top()
+import c2bin_ext
+new = top() - before - set(sys.stdlib_module_names)
+print(" ".join(sorted(new)))
+"""
+    assert fresh(program, "-W", "error").split() == ["c2bin_ext"]
+
+
+def test_import_leaves_global_state_alone() -> None:
+    program = """
+import logging, random, torch
+def state():
+    return (
+        torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(),
+        torch.initial_seed(), random.getstate(), logging.getLogger().handlers[:],
+        torch.get_rng_state().tolist(), torch.cuda.is_initialized(),
+    )
+before = state()
+import c2bin_ext
+print(before == state())
+"""
+    assert fresh(program).strip() == "True"
+
+
+def test_all() -> None:
+    assert set(c2bin_ext.__all__) == PUBLIC
+    assert len(c2bin_ext.__all__) == len(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(c2bin_ext, name) is not None
+
+
+def test_functional_all() -> None:
+    assert set(EQUATIONS) <= set(functional.__all__)
+    for name in functional.__all__:
+        assert getattr(functional, name) is not None
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+(\.\d+)?([.+-]?\w+)*", c2bin_ext.__version__)
+
+
+def test_star_import() -> None:
+    namespace: dict[str, Any] = {}
+    exec("from c2bin_ext import *", namespace)
+    assert set(namespace) >= PUBLIC
+
+
+def test_typed() -> None:
+    assert (Path(c2bin_ext.__file__).parent / "py.typed").exists()
+
+
+def test_classes_live_where_pickle_and_docs_can_find_them() -> None:
+    for name in [*CLASSES, "C2BINLossOutput"]:
+        item = getattr(c2bin_ext, name)
+        assert item.__name__ == name
+        assert item.__module__.split(".")[0] == "c2bin_ext"
+
+
+def check_docstring(text: str, equation: str) -> None:
+    assert re.match(r"\S.*\.\n\n", text), "one-line summary, then a blank line"
+    for part in ("Args:", "Returns:", "Raises:", ">>> "):
+        assert part in text
+    assert re.search(rf"Eq[.s ][^\n]*\b{equation}\b", text) or re.search(
+        r"Eqs?\.? ?\(?[\d, and–-]+", text
+    )
+    assert "Examples" in text or "Example" in text
+
+
+@pytest.mark.parametrize(("name", "equation"), EQUATIONS.items())
+def test_function_docstrings(name: str, equation: str) -> None:
+    function = getattr(functional, name)
+    text = inspect.getdoc(function) or ""
+    check_docstring(text, equation)
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"^\s*{parameter}\b", text, re.MULTILINE), parameter
+
+
+@pytest.mark.parametrize(("name", "equation"), CLASSES.items())
+def test_class_docstrings(name: str, equation: str) -> None:
+    item = getattr(c2bin_ext, name)
+    text = f"{inspect.getdoc(item)}\n{inspect.getdoc(item.forward)}"
+    check_docstring(text, equation)
+    for function in (item, item.forward):
+        for parameter in inspect.signature(function).parameters:
+            if parameter != "self":
+                assert re.search(rf"^\s*{parameter}\b", text, re.MULTILINE), parameter
+
+
+def test_other_docstrings() -> None:
+    for item in (c2bin_ext, functional, c2bin_ext.C2BINLossOutput):
+        assert len(inspect.getdoc(item) or "") > 20
+    for field in c2bin_ext.C2BINLossOutput._fields:
+        assert field in (inspect.getdoc(c2bin_ext.C2BINLossOutput) or "")
+    assert inspect.getdoc(c2bin_ext.C2BINLoss.paper)
+    assert inspect.getdoc(c2bin_ext.MultiScaleClusterHead.logits)
