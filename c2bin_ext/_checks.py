@@ -22,7 +22,8 @@ def finite_number(name: str, value: float, *, above: float | None = None) -> flo
     wanted = f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or (value < 0 if above is None else value <= above):
+    # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
+    if not (0 <= value if above is None else above < value) or not value < math.inf:
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return float(value)
 
@@ -66,8 +67,15 @@ def cluster_counts(num_clusters: Sequence[int]) -> tuple[int, ...]:
             f"got {num_clusters!r} of type {type(num_clusters).__name__}"
         )
     if len(num_clusters) == 0:
-        raise ValueError("num_clusters: expected at least one number of clusters, got none")
-    return tuple(whole_number(f"num_clusters[{i}]", k, 2) for i, k in enumerate(num_clusters))
+        raise ValueError(
+            f"num_clusters: expected one number of clusters at least, got {num_clusters!r}"
+        )
+    for clusters in num_clusters:
+        if isinstance(clusters, bool) or not isinstance(clusters, int):
+            raise TypeError(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
+        if clusters < 2:
+            raise ValueError(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
+    return tuple(num_clusters)
 
 
 def matrix(name: str, tensor: Tensor, axes: str, *, min_columns: int = 1) -> None:
@@ -121,6 +129,7 @@ def validate_finite(name: str, tensor: Tensor) -> None:
 
 def validate_assignments(name: str, tensor: Tensor) -> None:
     """Check that rows are distributions over clusters. Reads values: waits for a GPU."""
+    tensor = tensor.detach()
     validate_finite(name, tensor)
     low = float(tensor.min())
     if low < 0:

@@ -39,8 +39,34 @@ def usable(*tensors: Tensor) -> bool:
     return not (
         _is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+        or any(_tangent(tensor) is not None for tensor in tensors)
     )
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def cosine_contrast(
+    assignments0: Tensor,
+    assignments1: Tensor,
+    temperature: float,
+    positive_in_denominator: bool,
+    symmetric: bool,
+    formula: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Eq. 4 with cosine similarity: `functional.bca_contrastive_loss`."""
+    loss: Tensor = _CosineContrast.apply(
+        assignments0, assignments1, temperature, positive_in_denominator, symmetric, formula
+    )
+    return loss
+
+
+def balance_gap(assignments: Tensor, formula: Callable[[Tensor], Tensor]) -> Tensor:
+    """Eq. 5 as log K - H: `functional.cluster_entropy_regularizer`."""
+    loss: Tensor = _BalanceGap.apply(assignments, formula)
+    return loss
 
 
 def _differentiate(
@@ -52,9 +78,7 @@ def _differentiate(
     return [next(grads) if need else None for need in needed]
 
 
-class CosineContrast(torch.autograd.Function):
-    """Eq. 4 with cosine similarity: see `functional.bca_contrastive_loss`."""
-
+class _CosineContrast(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -113,9 +137,7 @@ class CosineContrast(torch.autograd.Function):
         return grad0, grad1, None, None, None, None
 
 
-class BalanceGap(torch.autograd.Function):
-    """Eq. 5 as log K - H: see `functional.cluster_entropy_regularizer`."""
-
+class _BalanceGap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, assignments: Tensor, formula: Callable[[Tensor], Tensor]) -> Tensor:
         mass = assignments.sum(dim=0)

@@ -49,7 +49,14 @@ __all__ = [
 
 
 class C2BINLossOutput(NamedTuple):
-    """The objective and its three terms before weighting, each a 0-dim tensor."""
+    """The objective and its three terms, each a 0-dim tensor; only `loss` is weighted.
+
+    Attributes:
+        loss: `alignment + λ_clust (contrast + λ_ent entropy)`, what to minimise.
+        alignment: Eq. 1, averaged over the directions in use.
+        contrast: Eq. 4, summed over scales.
+        entropy: `log K - H` of Eq. 5, summed over scales and averaged over the two views.
+    """
 
     loss: Tensor
     alignment: Tensor
@@ -92,9 +99,10 @@ def bootstrap_alignment_loss(
     Source: C2BIN, section 3.2, after Grill et al., "Bootstrap your own latent", 2020.
     """
     _check_embeddings("prediction", prediction, "target", target, validate_args)
-    cosines, count = _cosine_sum(prediction, target), prediction.shape[0]
+    cosines = _cosine_sum(prediction, target)
+    count: int | Tensor = prediction.shape[0]
     if _spans_ranks(gather_distributed):
-        cosines, count = sum_over_ranks([cosines, cosines.new_full((), count)])
+        cosines, count = sum_over_ranks([cosines, cosines.new_full((), prediction.shape[0])])
     return 1 - cosines / count
 
 
@@ -132,7 +140,7 @@ def cluster_assignments(logits: Tensor, num_clusters: Sequence[int]) -> tuple[Te
             f"got shape {tuple(logits.shape)}"
         )
     (logits,) = at_least_float32(logits)
-    return tuple(softmax(part, dim=1) for part in logits.split(counts, dim=1))
+    return tuple(softmax(part, dim=1) for part in torch.split(logits, list(counts), dim=1))
 
 
 def bca_contrastive_loss(
@@ -157,7 +165,8 @@ def bca_contrastive_loss(
         assignments1: the same head's assignments of view 1, (n, K).
         temperature: τ > 0.
         similarity: `"cosine"` divides every column by its norm over the batch, so that the scale
-            of S does not depend on n; `"dot"` is the formula as printed.
+            of S does not depend on n (a column of norm 1e-12 or less has cosine 0 with everything,
+            and no gradient); `"dot"` is the formula as printed.
         positive_in_denominator: whether `D(k)` holds k, as in InfoNCE; the printed indicator
             leaves it out, and the loss is then not bounded below.
         symmetric: average the directions view 0 to view 1 and view 1 to view 0; otherwise the
@@ -262,9 +271,10 @@ def cluster_entropy_regularizer(
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     _check_assignments("assignments", assignments, validate_args)
     (assignments,) = at_least_float32(assignments)
-    count: float | Tensor = assignments.shape[0]
+    count: int | Tensor = assignments.shape[0]
     if _spans_ranks(gather_distributed):
-        mass, count = sum_over_ranks([cluster_mass(assignments), assignments.new_full((), count)])
+        rows = assignments.new_full((), assignments.shape[0])
+        mass, count = sum_over_ranks([cluster_mass(assignments), rows])
         gap = _balance_gap(mass)
     else:
         gap = _local_balance_gap(assignments)
@@ -345,9 +355,9 @@ def c2bin_loss(
     ]
 
     cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
-    count: float | Tensor = aligned[0][0].shape[0]
+    count: int | Tensor = aligned[0][0].shape[0]
     if _spans_ranks(gather_distributed):
-        sums = [*cosines, cosines[0].new_full((), count)]
+        sums = [*cosines, cosines[0].new_full((), heads[0][0].shape[0])]
         for view0, view1 in heads:
             sums += [cluster_mass(view0), cluster_mass(view1)]
             sums += _contrast_sums(view0, view1, options)
@@ -431,16 +441,17 @@ def _check_heads(
         )
     pairs = list(zip(*assignments, strict=True))
     for head, views in enumerate(pairs):
-        for view, tensor in enumerate(views):
-            name = f"assignments[{view}][{head}]"
+        names = [f"assignments[{view}][{head}]" for view in range(2)]
+        for name, tensor in zip(names, views, strict=True):
             _check_assignments(name, tensor, validate_args)
+        _checks.same_shape(names[1], views[1], names[0], views[0])
+        for name, tensor in zip(names, views, strict=True):
             if tensor.shape[0] != prediction.shape[0]:
                 raise ValueError(
                     f"{name}: expected n = {prediction.shape[0]} rows as predictions[0] has, "
                     f"got shape {tuple(tensor.shape)}"
                 )
             _checks.same_device(name, tensor, "predictions[0]", prediction)
-        _checks.same_shape(f"assignments[1][{head}]", views[1], f"assignments[0][{head}]", views[0])
     return pairs
 
 
@@ -480,10 +491,13 @@ def _contrast_from_sums(sums: Iterator[Tensor], options: _ContrastOptions) -> Te
     if not options.positive_in_denominator:
         own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
         negatives = logits.masked_fill(own, -torch.inf)
-    denominator = negatives.logsumexp(dim=1).mean()
+    # Subtracted cluster by cluster: with dot products both run into the thousands, where a
+    # difference of means would lose digits.
+    positive = logits.diagonal()
+    loss = (negatives.logsumexp(dim=1) - positive).mean()
     if options.symmetric:
-        denominator = (denominator + negatives.logsumexp(dim=0).mean()) / 2
-    return denominator - logits.diagonal().mean()
+        loss = (loss + (negatives.logsumexp(dim=0) - positive).mean()) / 2
+    return loss
 
 
 def _local_contrast(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> Tensor:
@@ -495,7 +509,7 @@ def _local_contrast(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> 
         and options.temperature >= _fused.MIN_TEMPERATURE
         and _fused.usable(view0, view1)
     ):
-        return _fused.CosineContrast.apply(
+        return _fused.cosine_contrast(
             view0,
             view1,
             options.temperature,
@@ -519,7 +533,7 @@ def _local_balance_gap(assignments: Tensor) -> Tensor:
         return _balance_gap(assignments.sum(dim=0))
 
     if _fused.usable(assignments):
-        return _fused.BalanceGap.apply(assignments, formula)
+        return _fused.balance_gap(assignments, formula)
     return formula(assignments)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -83,7 +84,7 @@ class MultiScaleClusterHead(nn.Module):
 
         Source: C2BIN, section 3.3.
         """
-        return self._scores(features).split(self.num_clusters, dim=1)
+        return torch.split(self._scores(features), list(self.num_clusters), dim=1)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_clusters={self.num_clusters}"

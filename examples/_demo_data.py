@@ -50,7 +50,7 @@ class Images:
         return self.train.shape[-1]
 
     def fingerprint(self) -> str:
-        """Return a digest of every pixel and label, so that results of different images are never mixed."""
+        """Return a digest of every pixel and label: results of different images never mix."""
         digest = hashlib.sha256("/".join(self.classes).encode())
         for tensor in (self.train, self.train_labels, self.test, self.test_labels):
             digest.update(str(tuple(tensor.shape)).encode())
@@ -59,7 +59,7 @@ class Images:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB: transparency over white, 16-bit and float greys scaled to 8 bits."""
+    """Return an image of any mode as RGB: transparency over white, 16-bit greys scaled to 8."""
     if image.mode == "RGB":
         return image
     if image.mode[0] in "IF":
@@ -74,7 +74,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_square(image: Image.Image, size: int) -> Image.Image:
-    """Return an RGB image whose shorter side was scaled to `size` pixels, cut to its central square."""
+    """Return the central square of an image as RGB, scaled to `size` × `size` pixels."""
     image = as_rgb(image)
     if image.size == (size, size):
         return image
@@ -87,26 +87,37 @@ def as_square(image: Image.Image, size: int) -> Image.Image:
 
 def as_tensor(images: list[Image.Image]) -> Tensor:
     """Return RGB images of one size as uint8 (n, 3, S, S)."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def stratified(labels: Tensor, n: int) -> list[int]:
-    """Return the indices of at most n images: every class in proportion and at least once, always the same ones.
+    """Return the indices of at most n images: every class in proportion and at least once, always
+    the same ones.
 
-    With n smaller than the number of images, at least one image of every class that has two is left over.
+    With n smaller than the number of images, at least one image of every class that has two is left
+    over.
     """
-    classes, rest = labels.unique(return_counts=True)
+    classes, counts = labels.unique(return_counts=True)
     spare = len(labels) - len(classes)
-    chosen: list[int] = []
+    quotas = [(n - len(classes)) * (int(count) - 1) / spare for count in counts]
+    takes = [1 + int(quota) for quota in quotas]
+    for c in sorted(range(len(takes)), key=lambda c: int(quotas[c]) - quotas[c]):
+        if sum(takes) < n and takes[c] + 1 < counts[c]:
+            takes[c] += 1
     shuffle = torch.Generator().manual_seed(0)
-    for label, count in zip(classes.tolist(), rest.tolist(), strict=True):
-        rows = (labels == label).nonzero().flatten()[torch.randperm(count, generator=shuffle)]
-        chosen += rows[: 1 + (n - len(classes)) * (count - 1) // spare].tolist()
+    chosen: list[int] = []
+    for label, count, take in zip(classes.tolist(), counts.tolist(), takes, strict=True):
+        rows = (labels == label).nonzero().flatten()
+        chosen += rows[torch.randperm(count, generator=shuffle)[:take]].tolist()
     return sorted(chosen)
 
 
 def held_out(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return a training part and a test part of TEST_SHARE of the images, or one of each class if that is more."""
+    """Return a training part and a test part: TEST_SHARE of the images, at least one a class."""
     test = stratified(labels, max(len(labels.unique()), round(TEST_SHARE * len(labels))))
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[test] = True
@@ -122,12 +133,12 @@ def digits(size: int) -> Images:
     images = as_tensor([as_square(Image.fromarray(p), size) for p in pixels])
     labels = torch.from_numpy(bunch.target).long()
     train, test = held_out(images, labels)
-    note = f"digits: split {len(train[1])} train, {len(test[1])} test, stratified, the same way every time"
+    note = f"digits: split {len(train[1])} train, {len(test[1])} test, stratified, always alike"
     return Images(*train, *test, [str(c) for c in range(10)], "scikit-learn digits", [note])
 
 
 def from_torchvision(name: str, root: Path, size: int) -> Images:
-    """Return a torchvision data set with its own split, downloaded into `root` if it is not there."""
+    """Return a torchvision data set with its own split, downloaded if `root` lacks it."""
     kind = TORCHVISION[name]
     parts: list[tuple[Tensor, Tensor]] = []
     for train in (True, False):
@@ -135,20 +146,25 @@ def from_torchvision(name: str, root: Path, size: int) -> Images:
         try:
             data = kind(str(root), download=True, **which)
         except (OSError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            reason = (
+                str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            )
             raise DataError(
-                f"cannot get {name} into {root}: {reason}. Put torchvision's files for it there yourself, "
-                "use --data FOLDER, or run without --dataset for the bundled digits."
+                f"cannot get {name} into {root}: {reason}. Put torchvision's files for it there "
+                "yourself, use --data FOLDER, or run without --dataset for the bundled digits."
             ) from error
         classes = list(data.classes)
-        images = [as_square(data[i][0], size) for i in tqdm(range(len(data)), f"reading {name}", disable=None)]
+        images = [
+            as_square(data[i][0], size)
+            for i in tqdm(range(len(data)), f"reading {name}", disable=None)
+        ]
         labels = data.labels if name == "stl10" else data.targets
         parts.append((as_tensor(images), torch.as_tensor(labels).long()))
     return Images(*parts[0], *parts[1], classes, name)
 
 
 def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
-    """Return the images of FOLDER/{train,test or val}/<class>/ or of FOLDER/<class>/, which is then split."""
+    """Return the images of FOLDER/{train,test or val}/<class>/, or of FOLDER/<class>/, split."""
     try:
         if not folder.exists():
             raise DataError(f"{folder} does not exist")
@@ -167,7 +183,10 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
     classes = sorted(found[0])
     if len(parts) == 2 and sorted(found[1]) != classes:
         odd = sorted(set(classes) ^ set(found[1]))
-        raise DataError(f"{parts[0]} and {parts[1]} must have the same class folders; only one has: {', '.join(odd)}")
+        raise DataError(
+            f"{parts[0]} and {parts[1]} must have the same class folders; only one has: "
+            f"{', '.join(odd)}"
+        )
 
     corrupt: list[str] = []
     read: list[tuple[list[Image.Image], Tensor]] = []
@@ -185,25 +204,30 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
                         labels.append(label)
                     except PermissionError as error:
                         raise DataError(f"cannot read {path}: permission denied") from error
-                    # Pillow's decoders raise nearly anything on broken bytes (OSError, SyntaxError, struct.error, …).
+                    # Pillow's decoders raise nearly anything on broken bytes (OSError, SyntaxError,
+                    # struct.error, …).
                     except Exception:
                         corrupt.append(str(path.relative_to(folder)))
             read.append((images, torch.tensor(labels)))
     if corrupt:
-        text = f"{len(corrupt)} of {total} files in {folder} cannot be read as images: {listed(corrupt)}"
+        text = f"{len(corrupt)} of {total} images in {folder} are unreadable: {listed(corrupt)}"
         if not skip_corrupt:
             raise DataError(f"{text}. Mend or remove them, or leave them out with --skip-corrupt.")
         for part, (_, labels_read) in zip(parts, read, strict=True):
             counts = labels_read.bincount(minlength=len(classes)).tolist()
             for name, count in zip(classes, counts, strict=True):
                 if count < 2:
-                    raise DataError(f"{text}. Without them {part / name} has {count} images; a class needs 2.")
+                    raise DataError(
+                        f"{text}. Without them {part / name} has {count} images; a class needs 2."
+                    )
     tensors = [(as_tensor(images), labels) for images, labels in read]
     notes = [f"left out, unreadable: {listed(corrupt)}"] if corrupt else []
     if len(tensors) == 1:
         tensors = held_out(*tensors[0])
         sizes = f"{len(tensors[0][1])} train, {len(tensors[1][1])} test"
-        notes.append(f"{parts[0]} has no test images of its own: split {sizes}, stratified, the same way every time")
+        notes.append(
+            f"{parts[0]} has no test images of its own: split {sizes}, stratified, always alike"
+        )
     return Images(*tensors[0], *tensors[1], classes, str(folder), notes, corrupt)
 
 
@@ -213,14 +237,19 @@ def _list(part: Path) -> dict[str, list[Path]]:
     if not folders:
         raise DataError(f"{part} has no class folders: expected {part}/<class>/<image>")
     files = {
-        f.name: sorted(p for p in f.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()) for f in folders
+        f.name: sorted(
+            p for p in f.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()
+        )
+        for f in folders
     }
     for name, paths in files.items():
         if len(paths) < 2:
             what = "no images" if not paths else f"a single image ({paths[0].name})"
             raise DataError(f"class folder {part / name} has {what}; a class needs at least 2")
     if len(files) < 2:
-        raise DataError(f"{part} has a single class folder, {folders[0].name}; expected at least 2 classes")
+        raise DataError(
+            f"{part} has a single class folder, {folders[0].name}; expected at least 2 classes"
+        )
     return files
 
 
@@ -237,7 +266,9 @@ def limited(images: Images, train: int | None, test: int | None) -> Images:
         if limit is None or limit >= len(labels):
             continue
         if limit < len(images.classes):
-            raise DataError(f"{limit} {part} images are fewer than the {len(images.classes)} classes")
+            raise DataError(
+                f"{limit} {part} images are fewer than the {len(images.classes)} classes"
+            )
         keep = stratified(labels, limit)
         images = replace(
             images,
@@ -248,9 +279,14 @@ def limited(images: Images, train: int | None, test: int | None) -> Images:
 
 
 def load(
-    data: Path | None, dataset: str, data_root: Path, size: int | None, limit: int | None, limit_test: int | None,
+    data: Path | None,
+    dataset: str,
+    data_root: Path,
+    size: int | None,
+    limit: int | None,
+    limit_test: int | None,
     skip_corrupt: bool,
-) -> Images:  # fmt: skip
+) -> Images:
     """Return the images the user asked for."""
     size = size or (32 if data else IMAGE_SIZE.get(dataset, 32))
     if data is not None:
@@ -263,22 +299,37 @@ def load(
 
 
 def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:
-    """Return lightly's SimCLR view with what makes sense for these images; every method gets this one.
+    """Return lightly's SimCLR view with what makes sense for these images; every method gets this
+    one.
 
-    Photographs: lightly's CIFAR-10 settings (colour jitter 0.5, no blur). Digits: no flips, which turn a digit into
+    Photographs: lightly's CIFAR-10 settings (colour jitter 0.5, no blur). Digits: no flips, which
+        turn a digit into
     none, and nothing about colour; a milder crop and a turn of up to 15 degrees.
     """
     normalize = {"mean": [0.5] * 3, "std": [0.5] * 3}
     if dataset == "digits":
         return SimCLRViewTransform(
-            input_size=images.size, cj_prob=0.0, random_gray_scale=0.0, gaussian_blur=0.0, hf_prob=0.0,
-            min_scale=0.4, rr_prob=1.0, rr_degrees=15, normalize=normalize,
-        )  # fmt: skip
+            input_size=images.size,
+            cj_prob=0.0,
+            random_gray_scale=0.0,
+            gaussian_blur=0.0,
+            hf_prob=0.0,
+            min_scale=0.4,
+            rr_prob=1.0,
+            rr_degrees=15,
+            normalize=normalize,
+        )
     if dataset == "fashion-mnist":
         return SimCLRViewTransform(
-            input_size=images.size, cj_prob=0.0, random_gray_scale=0.0, gaussian_blur=0.0, normalize=normalize
+            input_size=images.size,
+            cj_prob=0.0,
+            random_gray_scale=0.0,
+            gaussian_blur=0.0,
+            normalize=normalize,
         )
-    return SimCLRViewTransform(input_size=images.size, cj_strength=0.5, gaussian_blur=0.0, normalize=normalize)
+    return SimCLRViewTransform(
+        input_size=images.size, cj_strength=0.5, gaussian_blur=0.0, normalize=normalize
+    )
 
 
 def normalized(images: Tensor) -> Tensor:
@@ -287,16 +338,18 @@ def normalized(images: Tensor) -> Tensor:
 
 
 class Views(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Two views of each image; `key` is (epoch, index), and fixes the views whatever process makes them."""
+    """Two views of each image; the key (epoch, index) fixes them, whatever process makes them."""
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: SimCLRViewTransform, seed: int) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: SimCLRViewTransform, seed: int
+    ) -> None:
         self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
         epoch, index = key
         stream = ((self.seed * 100_003 + epoch) * 10_000_019 + index) % 2**32
-        # lightly's transforms draw from both global generators. default_generator, because torch.manual_seed visits
-        # every accelerator and would cost as much as a view.
+        # lightly's transforms draw from both global generators. default_generator, because
+        # torch.manual_seed visits every accelerator and would cost as much as a view.
         torch.default_generator.manual_seed(stream)
         np.random.seed(stream)
         image = Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
@@ -307,14 +360,23 @@ class Views(Dataset[tuple[tuple[Tensor, Tensor], int]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """This rank's share of every global batch, in an order that depends on nothing but seed and epoch.
+    """This rank's share of every global batch, in an order that depends on nothing but seed and
+    epoch.
 
-    A global batch is the same images for any number of ranks, and a resumed run goes on with the order it would have
-    had: Lightning calls `set_epoch` before it asks for an epoch's first batch.
+    A global batch is the same images for any number of ranks, and a resumed run goes on with the
+    order it would have had: Lightning calls `set_epoch` before it asks for an epoch's first batch.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.n, self.batch_size, self.seed, self.rank, self.world_size = n, batch_size, seed, rank, world_size
+    def __init__(
+        self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.n, self.batch_size, self.seed, self.rank, self.world_size = (
+            n,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+        )
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -322,8 +384,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
-        batches = order[: self.n // self.batch_size * self.batch_size].view(-1, self.world_size, self.batch_size // self.world_size)
+        order = torch.randperm(
+            self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        )
+        batches = order[: self.n // self.batch_size * self.batch_size].view(
+            -1, self.world_size, self.batch_size // self.world_size
+        )
         return iter([(self.epoch, index) for index in batches[:, self.rank].flatten().tolist()])
 
     def __len__(self) -> int:

@@ -127,10 +127,15 @@ INTEGER = ("int", "integer")
 
 
 class TestErrors:
-    @pytest.mark.parametrize("wrong", [(), [], (3, 1), (0,), (-4, 8)])
+    @pytest.mark.parametrize("wrong", [(3, 1), (0,), [-4, 8]])
     def test_num_clusters_value(self, wrong: Any, complains: Any) -> None:
-        received = str(tuple(wrong)) if wrong else ("()", "[]", "empty")
-        with complains(ValueError, "num_clusters", received):
+        received, expected = (f"got {min(wrong)}", f"got {wrong}"), ("at least 2", ">= 2")
+        with complains(ValueError, "num_clusters", received, expected):
+            MultiScaleClusterHead(6, wrong)
+
+    @pytest.mark.parametrize("wrong", [(), []])
+    def test_num_clusters_empty(self, wrong: Any, complains: Any) -> None:
+        with complains(ValueError, "num_clusters", ("at least", "empty")):
             MultiScaleClusterHead(6, wrong)
 
     @pytest.mark.parametrize(

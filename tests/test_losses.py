@@ -108,11 +108,10 @@ class TestSignatures:
         ]
 
     def test_alignment(self) -> None:
-        assert BootstrapAlignmentLoss() is not None
-        assert all(
-            default is not inspect.Parameter.empty
-            for default in signature(BootstrapAlignmentLoss).values()
-        )
+        assert signature(BootstrapAlignmentLoss) == {
+            "gather_distributed": False,
+            "validate_args": False,
+        }
 
     def test_objective(self) -> None:
         options = signature(C2BINLoss)
@@ -132,6 +131,7 @@ class TestSignatures:
 
     def test_functions_share_the_defaults_of_the_modules(self) -> None:
         for function, module in (
+            (functional.bootstrap_alignment_loss, BootstrapAlignmentLoss),
             (functional.bca_contrastive_loss, BCAContrastiveLoss),
             (functional.cluster_entropy_regularizer, ClusterEntropyRegularizer),
             (functional.c2bin_loss, C2BINLoss),
@@ -291,6 +291,10 @@ class TestErrors:
             BCAContrastiveLoss(validate_args=True)(good, bad)
         with complains(ValueError, "assignments"):
             ClusterEntropyRegularizer(validate_args=True)(bad)
+        nan = torch.full((6, 4), math.nan)
+        BootstrapAlignmentLoss()(nan, nan)
+        with complains(ValueError, "prediction"):
+            BootstrapAlignmentLoss(validate_args=True)(nan, good)
         predictions, targets, _ = inputs()
         with complains(ValueError, "assignments"):
             C2BINLoss(validate_args=True)(predictions, targets, ((good,), (bad,)))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import oracle
 import pytest
@@ -13,8 +12,7 @@ import torch
 from oracle import random_assignments, random_embeddings
 from torch import Tensor
 
-from c2bin_ext import MultiScaleClusterHead
-from c2bin_ext import functional as F
+from c2bin_ext import MultiScaleClusterHead, functional
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
@@ -98,7 +96,7 @@ class TestEveryDtype:
         other = random_assignments(*SIZES[size], 7, dtype)
 
         def function(first: Tensor, second: Tensor) -> Tensor:
-            return F.bca_contrastive_loss(first, second, **options)
+            return functional.bca_contrastive_loss(first, second, **options)
 
         check(function, (view, view), where)
         check(function, (view, other), where)
@@ -114,7 +112,7 @@ class TestEveryDtype:
             size = "ordinary"  # a batch of nothing but zeros has no masses to normalise
 
         def function(assignments: Tensor) -> Tensor:
-            return F.cluster_entropy_regularizer(assignments, reduction=reduction)
+            return functional.cluster_entropy_regularizer(assignments, reduction=reduction)
 
         check(function, (EXTREMES[extreme](*SIZES[size], dtype),), where)
 
@@ -127,8 +125,10 @@ class TestEveryDtype:
             prediction[0] = 0.0
         elif zeros == "all":
             prediction, target = torch.zeros_like(prediction), torch.zeros_like(target)
-        check(lambda p: F.bootstrap_alignment_loss(p, target), (prediction,), where)
-        check(lambda p: F.bootstrap_alignment_loss(p, target.float()), (prediction,), where)
+        check(lambda p: functional.bootstrap_alignment_loss(p, target), (prediction,), where)
+        check(
+            lambda p: functional.bootstrap_alignment_loss(p, target.float()), (prediction,), where
+        )
 
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
     @pytest.mark.parametrize("extreme", EXTREMES)
@@ -137,7 +137,7 @@ class TestEveryDtype:
         embeddings = [random_embeddings(12, 5, seed).to(dtype) for seed in range(4)]
 
         def function(*tensors: Tensor) -> Tensor:
-            output = F.c2bin_loss(
+            output = functional.c2bin_loss(
                 tensors[:2],
                 embeddings[2:],
                 (tensors[2:4], tensors[4:6]),
@@ -151,16 +151,16 @@ class TestEveryDtype:
     def test_mass(self, dtype: torch.dtype, where: str) -> None:
         assignments = random_assignments(12, 4, 0, dtype)
         with context(where):
-            value = F.cluster_mass(assignments)
+            value = functional.cluster_mass(assignments)
         assert value.dtype is precise(dtype)
-        torch.testing.assert_close(value, F.cluster_mass(assignments.to(precise(dtype))))
+        torch.testing.assert_close(value, functional.cluster_mass(assignments.to(precise(dtype))))
 
     @pytest.mark.parametrize("scale", [1.0, 1e4])
     def test_assignments_of_huge_logits(self, scale: float, dtype: torch.dtype, where: str) -> None:
         (logits,) = leaves((random_embeddings(6, 7).clamp(-3, 3) * scale).to(dtype))
         with context(where):
-            heads = F.cluster_assignments(logits, (3, 4))
-        expected = F.cluster_assignments(logits.detach().to(precise(dtype)), (3, 4))
+            heads = functional.cluster_assignments(logits, (3, 4))
+        expected = functional.cluster_assignments(logits.detach().to(precise(dtype)), (3, 4))
         for head, wanted in zip(heads, expected, strict=True):
             assert head.dtype is precise(dtype)
             torch.testing.assert_close(head.detach(), wanted)
@@ -176,7 +176,8 @@ class TestEveryDtype:
         with context(where):
             assignments = [head(view.to(dtype)) for view in views]
             losses = [
-                F.bca_contrastive_loss(*pair) + F.cluster_entropy_regularizer(pair[0])
+                functional.bca_contrastive_loss(*pair)
+                + functional.cluster_entropy_regularizer(pair[0])
                 for pair in zip(*assignments, strict=True)
             ]
         for part in assignments[0]:
@@ -205,8 +206,8 @@ class TestHalf:
         second[:, 0] = 0.0
         second[-1, 0] = entry
         first, second = leaves(first, second)
-        loss = F.bca_contrastive_loss(first, second, **options)
-        loss = loss + F.cluster_entropy_regularizer(first, reduction="sum")
+        loss = functional.bca_contrastive_loss(first, second, **options)
+        loss = loss + functional.cluster_entropy_regularizer(first, reduction="sum")
         for gradient in torch.autograd.grad(loss, (first, second)):
             assert gradient.dtype is torch.float16
             assert torch.isfinite(gradient).all()
@@ -218,24 +219,24 @@ class TestHalf:
         prediction[1, 0] = entry
         (prediction,) = leaves(prediction)
         target = random_embeddings(3, 4, 2).to(torch.float16)
-        value = F.bootstrap_alignment_loss(prediction, target)
+        value = functional.bootstrap_alignment_loss(prediction, target)
         (gradient,) = torch.autograd.grad(value, prediction)
         assert torch.isfinite(gradient).all()
 
     def test_large_embeddings_do_not_overflow(self) -> None:
         target = torch.full((2, 512), 6e4, dtype=torch.float16)
-        value = F.bootstrap_alignment_loss(target.clone().requires_grad_(), target)
+        value = functional.bootstrap_alignment_loss(target.clone().requires_grad_(), target)
         torch.testing.assert_close(value.detach(), torch.tensor(0.0), atol=1e-6, rtol=0)
 
     @pytest.mark.parametrize("dtype", HALVES, ids=str)
     def test_masses_beyond_the_largest_half(self, dtype: torch.dtype) -> None:
         view = oracle.collapsed(70_000, 2, dtype)
-        assert F.cluster_mass(view).tolist() == [70_000.0, 0.0]
-        value = F.cluster_entropy_regularizer(view)
+        assert functional.cluster_mass(view).tolist() == [70_000.0, 0.0]
+        value = functional.cluster_entropy_regularizer(view)
         torch.testing.assert_close(value, torch.tensor(math.log(2)))
-        total = F.cluster_entropy_regularizer(view, reduction="sum")
+        total = functional.cluster_entropy_regularizer(view, reduction="sum")
         torch.testing.assert_close(total, torch.tensor(70_000 * math.log(2)))
-        dot = F.bca_contrastive_loss(view, view, similarity="dot")
+        dot = functional.bca_contrastive_loss(view, view, similarity="dot")
         torch.testing.assert_close(dot, torch.tensor(math.log(2) / 2))
 
     @pytest.mark.parametrize("where", CONTEXTS)
@@ -243,8 +244,8 @@ class TestHalf:
         view = random_assignments(4, 3, 0, torch.float32)
         with context(where):
             before = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-            F.bca_contrastive_loss(view, view)
-            F.cluster_entropy_regularizer(view)
+            functional.bca_contrastive_loss(view, view)
+            functional.cluster_entropy_regularizer(view)
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is before
 
     @pytest.mark.parametrize("where", CONTEXTS)
@@ -252,27 +253,29 @@ class TestHalf:
         tensors = [random_assignments(32, 5, seed, torch.float32) for seed in (0, 1)]
         found = leaves(*tensors)
         with context(where):
-            F.bca_contrastive_loss(*found, temperature=0.1).backward()
+            functional.bca_contrastive_loss(*found, temperature=0.1).backward()
         wanted = leaves(*tensors)
-        F.bca_contrastive_loss(*wanted, temperature=0.1).backward()
+        functional.bca_contrastive_loss(*wanted, temperature=0.1).backward()
         for got, expected in zip(found, wanted, strict=True):
             torch.testing.assert_close(got.grad, expected.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
-def large() -> Iterator[tuple[Tensor, Tensor]]:
+def large() -> tuple[Tensor, Tensor]:
     first = random_assignments(32_768, 8, 0, torch.float32)
-    yield first, random_assignments(32_768, 8, 1, torch.float32)
+    return first, random_assignments(32_768, 8, 1, torch.float32)
 
 
 class TestLargeBatch:
-    options = {"similarity": "dot", "temperature": 0.05}
+    options: ClassVar[dict[str, Any]] = {"similarity": "dot", "temperature": 0.05}
 
     @pytest.mark.parametrize("positive", [True, False])
     def test_soft(self, large: tuple[Tensor, Tensor], positive: bool) -> None:
         inputs = leaves(*large)
-        value = F.bca_contrastive_loss(*inputs, positive_in_denominator=positive, **self.options)
-        exact = F.bca_contrastive_loss(
+        value = functional.bca_contrastive_loss(
+            *inputs, positive_in_denominator=positive, **self.options
+        )
+        exact = functional.bca_contrastive_loss(
             *(view.double() for view in large),
             positive_in_denominator=positive,
             **self.options,
@@ -283,9 +286,11 @@ class TestLargeBatch:
 
     def test_one_hot(self) -> None:
         (view,) = leaves(oracle.one_hot(32_768, 8, torch.float32))
-        kept = F.bca_contrastive_loss(view, view, **self.options)
+        kept = functional.bca_contrastive_loss(view, view, **self.options)
         torch.testing.assert_close(kept.detach(), torch.tensor(0.0))
-        left_out = F.bca_contrastive_loss(view, view, positive_in_denominator=False, **self.options)
+        left_out = functional.bca_contrastive_loss(
+            view, view, positive_in_denominator=False, **self.options
+        )
         expected = torch.tensor(math.log(7) - 4096 / 0.05)
         torch.testing.assert_close(left_out.detach(), expected)
         for value in (kept, left_out):
@@ -294,14 +299,14 @@ class TestLargeBatch:
 
     def test_collapsed(self) -> None:
         (view,) = leaves(oracle.collapsed(32_768, 8, torch.float32))
-        value = F.bca_contrastive_loss(view, view, **self.options)
+        value = functional.bca_contrastive_loss(view, view, **self.options)
         torch.testing.assert_close(value.detach(), torch.tensor(7 / 8 * math.log(8)))
         (gradient,) = torch.autograd.grad(value, view)
         assert torch.isfinite(gradient).all()
 
     def test_cosine_of_the_large_batch(self, large: tuple[Tensor, Tensor]) -> None:
-        value = F.bca_contrastive_loss(*large)
-        exact = F.bca_contrastive_loss(*(view.double() for view in large))
+        value = functional.bca_contrastive_loss(*large)
+        exact = functional.bca_contrastive_loss(*(view.double() for view in large))
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -312,7 +317,9 @@ class TestSinglePrecisionExtremes:
         first[0, -1] = entry
         (first,) = leaves(first)
         second = random_assignments(5, 4, 1, torch.float32)
-        value = F.bca_contrastive_loss(first, second) + F.cluster_entropy_regularizer(first)
+        value = functional.bca_contrastive_loss(
+            first, second
+        ) + functional.cluster_entropy_regularizer(first)
         (gradient,) = torch.autograd.grad(value, first)
         assert torch.isfinite(value)
         assert torch.isfinite(gradient).all()
@@ -321,17 +328,17 @@ class TestSinglePrecisionExtremes:
         first = random_assignments(6, 3, 0, torch.float32)
         second = random_assignments(6, 3, 1, torch.float32)
         scales = torch.tensor([1.0, 1e-12, 1e-6])
-        value = F.bca_contrastive_loss(first * scales, second)
+        value = functional.bca_contrastive_loss(first * scales, second)
         torch.testing.assert_close(
-            value, F.bca_contrastive_loss(first, second), rtol=1e-5, atol=1e-5
+            value, functional.bca_contrastive_loss(first, second), rtol=1e-5, atol=1e-5
         )
 
     @pytest.mark.parametrize("options", CONTRASTS, ids=label)
     @pytest.mark.parametrize("temperature", [1e-3, 1e3])
     def test_extreme_temperatures(self, temperature: float, options: dict[str, Any]) -> None:
         inputs = leaves(*(random_assignments(9, 4, s, torch.float32) for s in (0, 1)))
-        value = F.bca_contrastive_loss(*inputs, temperature=temperature, **options)
-        exact = F.bca_contrastive_loss(
+        value = functional.bca_contrastive_loss(*inputs, temperature=temperature, **options)
+        exact = functional.bca_contrastive_loss(
             *(view.detach().double() for view in inputs), temperature=temperature, **options
         )
         torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-4)
@@ -342,11 +349,11 @@ class TestSinglePrecisionExtremes:
     def test_entropy_is_never_negative(self, k: int) -> None:
         for seed in range(20):
             noise = random_embeddings(64, k, seed, torch.float32)
-            value = F.cluster_entropy_regularizer((1e-3 * noise).softmax(dim=1))
+            value = functional.cluster_entropy_regularizer((1e-3 * noise).softmax(dim=1))
             assert value.item() >= 0
 
     def test_entropy_near_balance_keeps_its_digits(self) -> None:
         assignments = random_assignments(4096, 128, 0, torch.float32)
-        value = F.cluster_entropy_regularizer(assignments)
-        exact = F.cluster_entropy_regularizer(assignments.double())
+        value = functional.cluster_entropy_regularizer(assignments)
+        exact = functional.cluster_entropy_regularizer(assignments.double())
         torch.testing.assert_close(value.double(), exact, rtol=1e-2, atol=1e-6)

@@ -1,9 +1,9 @@
 """C2BIN for lightly: its baselines and C2BIN as LightningModules over any backbone.
 
-lightly's pip package has the building blocks (heads, losses, momentum update, LARS, schedules) and leaves the
-methods to its benchmark scripts. This package puts the blocks together: `SimCLR`, `MoCoV2`, `BYOL` and `C2BIN`, which
-is BYOL plus cluster heads. `c2bin_lightly.evaluate` scores frozen features with lightly's kNN, a linear probe and
-k-means.
+lightly's pip package has the building blocks (heads, losses, momentum update, LARS, schedules) and
+leaves the methods to its benchmark scripts. This package puts the blocks together: `SimCLR`,
+`MoCoV2`, `BYOL` and `C2BIN`, which is BYOL plus cluster heads. `c2bin_lightly.evaluate` scores
+frozen features with lightly's kNN, a linear probe and k-means.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Scores of frozen features: lightly's kNN, a linear probe trained as lightly trains one, and k-means."""
+"""Scores of frozen features: lightly's kNN, a linear probe in lightly's recipe, and k-means."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-__all__ = ["Features", "LinearProbe", "clustering_scores", "extract", "kmeans", "knn_accuracy", "linear_probe"]
+__all__ = [
+    "Features",
+    "LinearProbe",
+    "clustering_scores",
+    "extract",
+    "kmeans",
+    "knn_accuracy",
+    "linear_probe",
+]
 
 
 class Features(NamedTuple):
@@ -22,7 +30,7 @@ class Features(NamedTuple):
 
 
 class LinearProbe(NamedTuple):
-    """Test accuracy in [0, 1], the learning rate that was chosen, and its accuracy on the held-out training images."""
+    """Test accuracy in [0, 1], the chosen learning rate, its accuracy on held-out training images."""
 
     accuracy: float
     lr: float
@@ -52,8 +60,8 @@ def extract(
 
     Example:
         >>> from torch import nn
-        >>> extract(nn.Flatten(), [(torch.rand(4, 3, 2, 2), torch.arange(4))], device="cpu").features.shape
-        torch.Size([4, 12])
+        >>> extract(nn.Flatten(), [(torch.rand(4, 3, 2, 2), torch.arange(4))],
+        device="cpu").features.shape torch.Size([4, 12])
     """
     device = next(model.parameters()).device if device is None else device
     modes = {module: module.training for module in model.modules()}
@@ -93,17 +101,23 @@ def knn_accuracy(
 
     Example:
         >>> bank = Features(torch.eye(2), torch.tensor([0, 1]))
-        >>> knn_accuracy(bank, Features(torch.tensor([[2.0, 0.1], [0.1, 3.0]]), torch.tensor([0, 1])), k=1)
-        1.0
+        >>> knn_accuracy(bank, Features(torch.tensor([[2.0, 0.1], [0.1, 3.0]]), torch.tensor([0,
+        1])), k=1) 1.0
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     bank = normalize(train.features, dim=1).t().contiguous()
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     right = 0
-    for rows, labels in zip(test.features.split(chunk), test.labels.split(chunk), strict=True):
+    parts = zip(torch.split(test.features, chunk), torch.split(test.labels, chunk), strict=True)
+    for rows, labels in parts:
         predicted = knn_predict(
-            normalize(rows, dim=1), bank, train.labels, classes, knn_k=min(k, bank.shape[1]), knn_t=temperature
+            normalize(rows, dim=1),
+            bank,
+            train.labels,
+            classes,
+            knn_k=min(k, bank.shape[1]),
+            knn_t=temperature,
         )
         right += int((predicted[:, 0] == labels).sum())
     return right / len(test.labels)
@@ -120,9 +134,10 @@ def linear_probe(
 ) -> LinearProbe:
     """Train a linear classifier on frozen features, as lightly does, and return its test accuracy.
 
-    lightly's recipe: SGD with momentum 0.9, no weight decay, cosine schedule, 90 epochs, learning rate × batch / 256.
-    Here the features are extracted once, without augmentation. The learning rate is the one that does best on a random
-    part of the TRAINING images; then a classifier is trained on all of them. The test images choose nothing.
+    lightly's recipe: SGD with momentum 0.9, no weight decay, cosine schedule, 90 epochs, learning
+    rate × batch / 256. Here the features are extracted once, without augmentation. The learning
+    rate is the one that does best on a random part of the TRAINING images; then a classifier is
+    trained on all of them. The test images choose nothing.
 
     Args:
         train: Features (n, d) and labels (n,).
@@ -134,7 +149,8 @@ def linear_probe(
         seed: Of the weights, the order and the held-out part; the global generators are left alone.
 
     Returns:
-        Test accuracy in [0, 1], the chosen learning rate, its held-out accuracy (NaN with a single learning rate).
+        Test accuracy in [0, 1], the chosen learning rate, its held-out accuracy (NaN with a single
+        learning rate).
 
     Raises:
         ValueError: If `lrs` is empty.
@@ -155,12 +171,17 @@ def linear_probe(
             classifier = nn.Linear(bank.features.shape[1], classes).to(bank.features.device)
         rows = len(bank.labels)
         steps = epochs * -(-rows // batch_size)
-        optimizer = torch.optim.SGD(classifier.parameters(), lr * min(batch_size, rows) / 256, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            classifier.parameters(), lr * min(batch_size, rows) / 256, momentum=0.9
+        )
         schedule = CosineWarmupScheduler(optimizer, warmup_epochs=0, max_epochs=steps)
         for _ in range(epochs):
-            for batch in torch.randperm(rows, generator=order).to(bank.labels.device).split(batch_size):
+            for batch in (
+                torch.randperm(rows, generator=order).to(bank.labels.device).split(batch_size)
+            ):
                 optimizer.zero_grad()
-                cross_entropy(classifier(bank.features[batch]), bank.labels[batch]).backward()
+                loss = cross_entropy(classifier(bank.features[batch]), bank.labels[batch])
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
         return classifier
@@ -173,7 +194,9 @@ def linear_probe(
     if len(lrs) > 1:
         rows = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
         cut = max(1, round(held_out * len(rows)))
-        chooser, learner = (Features(train.features[part], train.labels[part]) for part in (rows[:cut], rows[cut:]))
+        chooser, learner = (
+            Features(train.features[part], train.labels[part]) for part in (rows[:cut], rows[cut:])
+        )
         scores = [accuracy(fit(learner, lr), chooser) for lr in lrs]
         score = max(scores)
         best = lrs[scores.index(score)]
@@ -181,7 +204,8 @@ def linear_probe(
 
 
 def kmeans(train: Features, test: Features, k: int, restarts: int = 5, seed: int = 0) -> Tensor:
-    """Fit scikit-learn's k-means on L2-normalised training features and return the clusters of the test images.
+    """Fit scikit-learn's k-means on L2-normalised training features and return the clusters of the
+    test images.
 
     Args:
         train: Features (n, d); labels are not read.
@@ -213,8 +237,8 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> dict[str, float]:
         clusters: Clusters, int (n,).
 
     Returns:
-        `nmi`, `acc` (clusters matched one to one with classes), `purity` (each cluster counts for its commonest class),
-        `ari`, and `in_use`, the number of clusters that hold an image.
+        `nmi`, `acc` (clusters matched one to one with classes), `purity` (each cluster counts for
+        its commonest class), `ari`, and `in_use`, the number of clusters that hold an image.
 
     Example:
         >>> clustering_scores(torch.tensor([0, 0, 1]), torch.tensor([5, 5, 2]))["acc"]

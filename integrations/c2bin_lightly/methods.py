@@ -35,14 +35,17 @@ from c2bin_ext.functional import cluster_entropy_regularizer
 class Optimization(TypedDict, total=False):
     """Keyword arguments that every method takes: how its runner is optimised.
 
-    Biases and the parameters of normalisation layers get no weight decay (and, under LARS, no layer-wise scaling).
+    Biases and the parameters of normalisation layers get no weight decay (and, under LARS, no
+    layer-wise scaling).
 
     Keys:
         optimizer: `"sgd"` (default), `"lars"` or `"adam"`.
-        lr: Learning rate of the whole global batch, used as given: it is not scaled by the batch. Default 0.06.
+        lr: Learning rate of the whole global batch, used as given: it is not scaled by the batch.
+            Default 0.06.
         weight_decay: Default 5e-4.
         momentum: Of SGD and LARS; Adam keeps its own betas. Default 0.9.
-        schedule: `"cosine"` (default), down to a thousandth of `lr` at the last step, or `"constant"`.
+        schedule: `"cosine"` (default), down to a thousandth of `lr` at the last step, or
+            `"constant"`.
         warmup_epochs: Linear warm-up from 0, in epochs. Default 0.
     """
 
@@ -62,22 +65,30 @@ _DEFAULTS = Optimization(
 class _Method(LightningModule):
     """What the four methods share: the backbone, the batch contract, logging and optimisation."""
 
-    def __init__(self, backbone: nn.Module, feature_dim: int, **optimization: Unpack[Optimization]) -> None:
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, **optimization: Unpack[Optimization]
+    ) -> None:
         super().__init__()
         unknown = sorted(set(optimization) - set(_DEFAULTS))
         if unknown:
-            raise TypeError(f"{type(self).__name__} got unknown arguments {unknown}; known: {sorted(_DEFAULTS)}")
-        options = {**_DEFAULTS, **optimization}
-        for key, known in (("optimizer", ("sgd", "lars", "adam")), ("schedule", ("cosine", "constant"))):
+            raise TypeError(
+                f"{type(self).__name__} got unknown arguments {unknown}; known: {sorted(_DEFAULTS)}"
+            )
+        options: dict[str, Any] = {**_DEFAULTS, **optimization}
+        for key, known in (
+            ("optimizer", ("sgd", "lars", "adam")),
+            ("schedule", ("cosine", "constant")),
+        ):
             if options[key] not in known:
                 raise ValueError(f"{key} must be one of {known}, got {options[key]!r}")
-        # A module in the hyperparameters would store the weights twice and stop weights_only loading.
-        self.save_hyperparameters(ignore=["backbone", "loss"])
+        # A module in the hyperparameters would store the weights twice and stop weights_only
+        # loading.
+        self.save_hyperparameters(ignore=["backbone", "projector", "loss"])
         self.backbone = backbone
         self.optimization = options
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the backbone's features, shape (n, feature_dim), of images (n, channels, height, width)."""
+        """Return the backbone's features (n, feature_dim) of images (n, channels, height, width)."""
         features: Tensor = self.backbone(images).flatten(start_dim=1)
         return features
 
@@ -86,14 +97,14 @@ class _Method(LightningModule):
         if self.trainer.world_size > 1:
             for module in self.modules():
                 if hasattr(module, "gather_distributed"):
-                    module.gather_distributed = True
+                    setattr(module, "gather_distributed", True)  # noqa: B010
 
     def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
-        """Return the loss to minimise under `"loss"` and, beside it, what else is worth logging, all 0-dim."""
+        """Return what to minimise under `"loss"` and what else to log beside it, all 0-dim."""
         raise NotImplementedError
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
-        """Take `((view0, view1), ...)`, each view (n, channels, height, width); labels and names are not read."""
+        """Take `((view0, view1), ...)`, views (n, channels, height, width); labels are not read."""
         view0, view1 = batch[0]
         losses = self.losses(view0, view1)
         self.log_dict(
@@ -112,7 +123,10 @@ class _Method(LightningModule):
             [parameter for parameter in group if parameter.requires_grad]
             for group in get_weight_decay_parameters([self])
         )
-        groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed},
+            {"params": undecayed, "weight_decay": 0.0},
+        ]
         common = {"lr": options["lr"], "weight_decay": options["weight_decay"]}
         optimizer: torch.optim.Optimizer
         if options["optimizer"] == "adam":
@@ -123,7 +137,9 @@ class _Method(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = CosineWarmupScheduler(
             optimizer,
-            warmup_epochs=min(steps, round(options["warmup_epochs"] * steps / (self.trainer.max_epochs or 1))),
+            warmup_epochs=min(
+                steps, round(options["warmup_epochs"] * steps / (self.trainer.max_epochs or 1))
+            ),
             max_epochs=steps,
             end_value=0.001 if options["schedule"] == "cosine" else 1.0,
         )
@@ -134,7 +150,8 @@ class SimCLR(_Method):
     """SimCLR: instances of the batch are each other's negatives (Chen et al., 2020).
 
     Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten to (n, feature_dim).
+        backbone: Any module that maps images (n, channels, height, width) to features that flatten
+            to (n, feature_dim).
         feature_dim: Length of one feature vector.
         hidden_dim: Width of the projector's hidden layer.
         projection_dim: Length of a projection.
@@ -143,9 +160,8 @@ class SimCLR(_Method):
 
     Example:
         >>> from torch import nn
-        >>> model = SimCLR(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8, hidden_dim=16)
-        >>> model(torch.rand(5, 3, 2, 2)).shape
-        torch.Size([5, 8])
+        >>> model = SimCLR(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
+        hidden_dim=16) >>> model(torch.rand(5, 3, 2, 2)).shape torch.Size([5, 8])
     """
 
     def __init__(
@@ -168,10 +184,11 @@ class SimCLR(_Method):
 
 
 class _Bootstrap(_Method):
-    """A method with a follower: a frozen copy of backbone and projector that trails the runner, Eq. 8.
+    """A method with a follower: a frozen copy of backbone and projector that trails the runner, Eq.
+    8.
 
-    The follower stays in training mode as in lightly: its normalisation layers use the batch and keep running
-    statistics of their own; only parameters are averaged.
+    The follower stays in training mode as in lightly: its normalisation layers use the batch and
+    keep running statistics of their own; only parameters are averaged.
     """
 
     def __init__(
@@ -187,7 +204,9 @@ class _Bootstrap(_Method):
         if not 0.0 <= follower_momentum <= 1.0:
             raise ValueError(f"follower_momentum must lie in [0, 1], got {follower_momentum}")
         if follower_schedule not in ("constant", "cosine"):
-            raise ValueError(f"follower_schedule must be 'constant' or 'cosine', got {follower_schedule!r}")
+            raise ValueError(
+                f"follower_schedule must be 'constant' or 'cosine', got {follower_schedule!r}"
+            )
         self.projector = projector
         self.follower_momentum = follower_momentum
         self.follower_schedule = follower_schedule
@@ -200,12 +219,15 @@ class _Bootstrap(_Method):
     @torch.no_grad()
     def follow(self, images: Tensor) -> Tensor:
         """Return the follower's projections, shape (n, projection_dim); no gradient."""
-        projections: Tensor = self.follower_projector(self.follower_backbone(images).flatten(start_dim=1))
+        projections: Tensor = self.follower_projector(
+            self.follower_backbone(images).flatten(start_dim=1)
+        )
         return projections
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the runner, then let the follower follow: `follower ← γ follower + (1 − γ) runner`."""
-        # Here and not in training_step: under gradient accumulation the follower moves once per optimiser step.
+        """Step the runner, then move the follower: `follower ← γ follower + (1 − γ) runner`."""
+        # Here and not in training_step: under gradient accumulation the follower moves once per
+        # optimiser step.
         super().optimizer_step(*args, **kwargs)
         momentum = self.follower_momentum
         if self.follower_schedule == "cosine":
@@ -219,22 +241,24 @@ class MoCoV2(_Bootstrap):
     """MoCo v2: negatives come from a queue of the follower's projections (Chen et al., 2020).
 
     Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten to (n, feature_dim).
+        backbone: Any module that maps images (n, channels, height, width) to features that flatten
+            to (n, feature_dim).
         feature_dim: Length of one feature vector.
         hidden_dim: Width of the projector's hidden layer.
         projection_dim: Length of a projection.
         temperature: Divides the cosine similarities.
-        queue_size: Projections kept as negatives. Much more than the data set holds makes every image its own negative.
-        symmetric: Let each view be the query once, as lightly's CIFAR-10 benchmark does; False is the paper's form.
+        queue_size: Projections kept as negatives. Much more than the data set holds makes every
+            image its own negative.
+        symmetric: Let each view be the query once, as lightly's CIFAR-10 benchmark does; False is
+            the paper's form.
         follower_momentum: γ of Eq. 8.
         follower_schedule: `"constant"`, or `"cosine"` from γ to 1 over the run.
         **optimization: See `Optimization`.
 
     Example:
         >>> from torch import nn
-        >>> model = MoCoV2(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8, queue_size=64)
-        >>> model(torch.rand(5, 3, 2, 2)).shape
-        torch.Size([5, 8])
+        >>> model = MoCoV2(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
+        queue_size=64) >>> model(torch.rand(5, 3, 2, 2)).shape torch.Size([5, 8])
     """
 
     def __init__(
@@ -252,10 +276,15 @@ class MoCoV2(_Bootstrap):
         **optimization: Unpack[Optimization],
     ) -> None:
         projector = MoCoProjectionHead(feature_dim, hidden_dim, projection_dim)
-        super().__init__(backbone, feature_dim, projector, follower_momentum, follower_schedule, **optimization)
+        super().__init__(
+            backbone, feature_dim, projector, follower_momentum, follower_schedule, **optimization
+        )
         self.symmetric = symmetric
-        self.criterion = NTXentLoss(temperature=temperature, memory_bank_size=(queue_size, projection_dim))
-        # lightly leaves the queue out of the state dict; a resumed run would start from random negatives.
+        self.criterion = NTXentLoss(
+            temperature=temperature, memory_bank_size=(queue_size, projection_dim)
+        )
+        # lightly leaves the queue out of the state dict; a resumed run would start from random
+        # negatives.
         bank = self.criterion.memory_bank
         for name in ("bank", "bank_ptr"):
             bank.register_buffer(name, getattr(bank, name), persistent=True)
@@ -268,7 +297,8 @@ class MoCoV2(_Bootstrap):
         return {"loss": loss}
 
     def _query(self, query: Tensor, key: Tensor) -> Tensor:
-        # Shuffled over ranks, as the paper has it: batch norm must not tell which rank query and key share.
+        # Shuffled over ranks, as the paper has it: batch norm must not tell which rank query and
+        # key share.
         if self._trainer is not None and self.trainer.world_size > 1:
             key, order = batch_shuffle(key, distributed=True)
             keys = batch_unshuffle(self.follow(key), order, distributed=True)
@@ -282,7 +312,8 @@ class BYOL(_Bootstrap):
     """BYOL: predict the follower's projection of the other view; no negatives (Grill et al., 2020).
 
     Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten to (n, feature_dim).
+        backbone: Any module that maps images (n, channels, height, width) to features that flatten
+            to (n, feature_dim).
         feature_dim: Length of one feature vector.
         hidden_dim: Width of the hidden layer of projector and predictor.
         projection_dim: Length of a projection.
@@ -292,8 +323,8 @@ class BYOL(_Bootstrap):
 
     Example:
         >>> from torch import nn
-        >>> model = BYOL(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8, hidden_dim=16)
-        >>> sorted(model.losses(torch.rand(5, 3, 2, 2), torch.rand(5, 3, 2, 2)))
+        >>> model = BYOL(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
+        hidden_dim=16) >>> sorted(model.losses(torch.rand(5, 3, 2, 2), torch.rand(5, 3, 2, 2)))
         ['loss']
     """
 
@@ -309,41 +340,55 @@ class BYOL(_Bootstrap):
         **optimization: Unpack[Optimization],
     ) -> None:
         projector = BYOLProjectionHead(feature_dim, hidden_dim, projection_dim)
-        super().__init__(backbone, feature_dim, projector, follower_momentum, follower_schedule, **optimization)
+        super().__init__(
+            backbone, feature_dim, projector, follower_momentum, follower_schedule, **optimization
+        )
         self.predictor = BYOLPredictionHead(projection_dim, hidden_dim, projection_dim)
         self.criterion: nn.Module = NegativeCosineSimilarity()
 
     def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
         """Return 1 − cosine, averaged over both directions, under `"loss"`."""
         features, targets = (self(view0), self(view1)), (self.follow(view0), self.follow(view1))
-        return self.objective(features, tuple(self.predictor(self.projector(f)) for f in features), targets)
+        return self.objective(
+            features, tuple(self.predictor(self.projector(f)) for f in features), targets
+        )
 
     def objective(
-        self, features: tuple[Tensor, ...], predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...]
+        self,
+        features: tuple[Tensor, ...],
+        predictions: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...],
     ) -> dict[str, Tensor]:
         """Return the losses of one batch; each argument is a pair, one (n, d) tensor per view."""
-        cosines = [self.criterion(predictions[0], targets[1]), self.criterion(predictions[1], targets[0])]
+        cosines = [
+            self.criterion(predictions[0], targets[1]),
+            self.criterion(predictions[1], targets[0]),
+        ]
         return {"loss": 1 + (cosines[0] + cosines[1]) / 2}
 
 
 class C2BIN(BYOL):
-    """C2BIN: BYOL, plus cluster heads on the runner's backbone features whose clusters are contrasted.
+    """C2BIN: BYOL, plus cluster heads on the runner's backbone features whose clusters are
+    contrasted.
 
-    Beside `train_loss` it logs `train_alignment`, `train_contrast`, `train_entropy` and, for each head i of K
-    clusters, `train_effective_clusters_i_of_K`: exp of the entropy of the mean assignment, between 1 (collapsed) and K.
+    Beside `train_loss` it logs `train_alignment`, `train_contrast`, `train_entropy` and, for each
+    head i of K clusters, `train_effective_clusters_i_of_K`: exp of the entropy of the mean
+    assignment, between 1 (collapsed) and K.
 
     Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten to (n, feature_dim).
+        backbone: Any module that maps images (n, channels, height, width) to features that flatten
+            to (n, feature_dim).
         feature_dim: Length of one feature vector.
         num_clusters: K of each head.
-        loss: The objective, for options other than `C2BINLoss()`. It is not stored in checkpoints: give it again,
-            like `backbone`, to `load_from_checkpoint`.
-        **byol: See `BYOL` (hidden_dim, projection_dim, follower_momentum, follower_schedule) and `Optimization`.
+        loss: The objective, for options other than `C2BINLoss()`. It is not stored in checkpoints:
+            give it again, like `backbone`, to `load_from_checkpoint`.
+        **byol: See `BYOL` (hidden_dim, projection_dim, follower_momentum, follower_schedule) and
+            `Optimization`.
 
     Example:
         >>> from torch import nn
-        >>> model = C2BIN(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8, num_clusters=(4, 6))
-        >>> [tuple(p.shape) for p in model.assignments(torch.rand(5, 3, 2, 2))]
+        >>> model = C2BIN(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
+        num_clusters=(4, 6)) >>> [tuple(p.shape) for p in model.assignments(torch.rand(5, 3, 2, 2))]
         [(5, 4), (5, 6)]
     """
 
@@ -370,13 +415,16 @@ class C2BIN(BYOL):
         largest, n = max(self.cluster_head.num_clusters), len(batch[0][0]) * self.trainer.world_size
         if batch_idx == 0 and self.current_epoch == 0 and largest > n:
             warnings.warn(
-                f"A head has {largest} clusters but a batch has {n} images: most clusters get no image in a batch, "
-                "which makes the contrast of clusters noisy. Use a larger batch or fewer clusters.",
+                f"A head has {largest} clusters but a batch has {n} images: most clusters get no image "
+                "in a batch, which makes their contrast noisy. Use a larger batch or fewer clusters.",
                 stacklevel=2,
             )
 
     def objective(
-        self, features: tuple[Tensor, ...], predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...]
+        self,
+        features: tuple[Tensor, ...],
+        predictions: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...],
     ) -> dict[str, Tensor]:
         """Return the total and its parts, and each head's effective number of clusters."""
         heads = self.cluster_head(features[0]), self.cluster_head(features[1])
@@ -384,7 +432,10 @@ class C2BIN(BYOL):
         with torch.no_grad():
             for i, assignments in enumerate(heads[0]):
                 k = assignments.shape[1]
-                # The regularizer is log K − H of the mean assignment, so exp(H) is K times exp of its negative.
-                result[f"effective_clusters_{i}_of_{k}"] = k * (-cluster_entropy_regularizer(assignments)).exp()
+                # The regularizer is log K − H of the mean assignment, so exp(H) is K times exp of
+                # its negative.
+                result[f"effective_clusters_{i}_of_{k}"] = (
+                    k * (-cluster_entropy_regularizer(assignments)).exp()
+                )
         losses: dict[str, Tensor] = result
         return losses

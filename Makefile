@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two cores share the work of most of these best when each process keeps to one thread.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test lint types unit docs package examples benchmark mutation clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/installed  ## make the virtual environment and install everything into it
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: setup  ## train C2BIN, SimCLR, MoCo v2 and BYOL side by side and compare them
+	OMP_NUM_THREADS=2 $(BIN)/python examples/demo.py
+
+test: lint types unit docs package examples  ## everything that has to hold
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy c2bin_ext integrations
+
+unit: setup  ## doctests, unit, property, two-process and adapter tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+docs: setup  ## build the site into site/, warnings are errors
+	$(BIN)/mkdocs build --strict --quiet
+
+package: setup  ## build the wheel and check it
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist .
+	$(BIN)/twine check --strict build/dist/*
+
+examples: setup  ## every example, at a size that only shows that it runs
+	$(BIN)/python examples/plain_pytorch.py --steps 20
+	$(BIN)/python examples/check_a_loss.py
+	$(BIN)/python examples/benchmarks/loss_cost.py --rounds 3
+	$(BIN)/python examples/demo.py --smoke --out build/smoke --overwrite
+
+benchmark: setup  ## cost of the losses against the softmax-and-matmul floor
+	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results
+
+clean:
+	rm -rf $(VENV) build site
