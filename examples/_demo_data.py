@@ -27,8 +27,8 @@ IMAGE_SIZE = {"digits": 16, "stl10": 64}  # every other source: 32
 TEST_SHARE = 0.2  # of a source that has no test images of its own
 
 
-class DataError(Exception):
-    """Something about the images or their folder that the user has to put right."""
+class DemoError(Exception):
+    """Something that the user has to put right; its text is one line that says what."""
 
 
 @dataclass
@@ -149,7 +149,7 @@ def from_torchvision(name: str, root: Path, size: int) -> Images:
             reason = (
                 str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             )
-            raise DataError(
+            raise DemoError(
                 f"cannot get {name} into {root}: {reason}. Put torchvision's files for it there "
                 "yourself, use --data FOLDER, or run without --dataset for the bundled digits."
             ) from error
@@ -167,23 +167,23 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
     """Return the images of FOLDER/{train,test or val}/<class>/, or of FOLDER/<class>/, split."""
     try:
         if not folder.exists():
-            raise DataError(f"{folder} does not exist")
+            raise DemoError(f"{folder} does not exist")
         if not folder.is_dir():
-            raise DataError(f"{folder} is a file; --data takes a folder of class folders")
+            raise DemoError(f"{folder} is a file; --data takes a folder of class folders")
         scored = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
         if (folder / "train").is_dir():
             parts = [folder / "train"] + ([scored] if scored else [])
         elif scored is not None:
-            raise DataError(f"{folder} has {scored.name}/ but no train/")
+            raise DemoError(f"{folder} has {scored.name}/ but no train/")
         else:
             parts = [folder]
         found = [_list(part) for part in parts]
     except PermissionError as error:
-        raise DataError(f"cannot read {error.filename}: permission denied") from error
+        raise DemoError(f"cannot read {error.filename}: permission denied") from error
     classes = sorted(found[0])
     if len(parts) == 2 and sorted(found[1]) != classes:
         odd = sorted(set(classes) ^ set(found[1]))
-        raise DataError(
+        raise DemoError(
             f"{parts[0]} and {parts[1]} must have the same class folders; only one has: "
             f"{', '.join(odd)}"
         )
@@ -203,7 +203,7 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
                             images.append(as_square(image, size))
                         labels.append(label)
                     except PermissionError as error:
-                        raise DataError(f"cannot read {path}: permission denied") from error
+                        raise DemoError(f"cannot read {path}: permission denied") from error
                     # Pillow's decoders raise nearly anything on broken bytes (OSError, SyntaxError,
                     # struct.error, …).
                     except Exception:
@@ -212,12 +212,12 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
     if corrupt:
         text = f"{len(corrupt)} of {total} images in {folder} are unreadable: {listed(corrupt)}"
         if not skip_corrupt:
-            raise DataError(f"{text}. Mend or remove them, or leave them out with --skip-corrupt.")
+            raise DemoError(f"{text}. Mend or remove them, or leave them out with --skip-corrupt.")
         for part, (_, labels_read) in zip(parts, read, strict=True):
             counts = labels_read.bincount(minlength=len(classes)).tolist()
             for name, count in zip(classes, counts, strict=True):
                 if count < 2:
-                    raise DataError(
+                    raise DemoError(
                         f"{text}. Without them {part / name} has {count} images; a class needs 2."
                     )
     tensors = [(as_tensor(images), labels) for images, labels in read]
@@ -235,7 +235,7 @@ def _list(part: Path) -> dict[str, list[Path]]:
     """Return the image files of each class folder of `part`."""
     folders = sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise DataError(f"{part} has no class folders: expected {part}/<class>/<image>")
+        raise DemoError(f"{part} has no class folders: expected {part}/<class>/<image>")
     files = {
         f.name: sorted(
             p for p in f.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()
@@ -245,9 +245,9 @@ def _list(part: Path) -> dict[str, list[Path]]:
     for name, paths in files.items():
         if len(paths) < 2:
             what = "no images" if not paths else f"a single image ({paths[0].name})"
-            raise DataError(f"class folder {part / name} has {what}; a class needs at least 2")
+            raise DemoError(f"class folder {part / name} has {what}; a class needs at least 2")
     if len(files) < 2:
-        raise DataError(
+        raise DemoError(
             f"{part} has a single class folder, {folders[0].name}; expected at least 2 classes"
         )
     return files
@@ -259,16 +259,14 @@ def listed(names: list[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
-def limited(images: Images, train: int | None, test: int | None) -> Images:
-    """Return at most so many training and test images, stratified, always the same ones."""
-    for part, limit in (("train", train), ("test", test)):
+def limited(images: Images, limits: dict[str, int | None]) -> Images:
+    """Return at most `limits["train"]` and `limits["test"]` images, stratified, always alike."""
+    for part, limit in limits.items():
         labels: Tensor = getattr(images, f"{part}_labels")
         if limit is None or limit >= len(labels):
             continue
         if limit < len(images.classes):
-            raise DataError(
-                f"{limit} {part} images are fewer than the {len(images.classes)} classes"
-            )
+            raise DemoError(f"{limit} {part} images are fewer than {len(images.classes)} classes")
         keep = stratified(labels, limit)
         images = replace(
             images,
@@ -283,19 +281,18 @@ def load(
     dataset: str,
     data_root: Path,
     size: int | None,
-    limit: int | None,
-    limit_test: int | None,
     skip_corrupt: bool,
+    limits: dict[str, int | None],
 ) -> Images:
     """Return the images the user asked for."""
-    size = size or (32 if data else IMAGE_SIZE.get(dataset, 32))
+    size = size or IMAGE_SIZE.get(dataset, 32)
     if data is not None:
         images = from_folder(data, size, skip_corrupt)
     elif dataset == "digits":
         images = digits(size)
     else:
         images = from_torchvision(dataset, data_root, size)
-    return limited(images, limit, limit_test)
+    return limited(images, limits)
 
 
 def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:

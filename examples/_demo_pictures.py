@@ -44,7 +44,7 @@ def _short(text: str, most: int = 18) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def curves(path: Path, by_method: dict[str, list[dict[str, float]]], tested: int) -> None:
+def curves(path: Path, by_method: dict[str, list[dict[str, float]]]) -> None:
     """Draw kNN while training, every loss, and C2BIN's parts and effective clusters."""
     parts = by_method.get("C2BIN", [])
     panels = 1 + len(by_method) + (2 if parts else 0)
@@ -141,7 +141,8 @@ def tsne(
                 chosen[:, 0], chosen[:, 1], s=14, c=colour, marker=marker, alpha=0.8, linewidths=0
             )
         axis.set(title=name, xticks=[], yticks=[])
-    _class_legend(figure, classes, markers=True, top=0.9)
+    figure.subplots_adjust(left=0.01, right=0.99, wspace=0.04)
+    _class_legend(figure, classes, markers=True, top=0.92)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -155,7 +156,7 @@ def clusters(
     rows: int = 16,
     columns: int = 12,
 ) -> None:
-    """Draw the surest test images of a head's largest clusters, a cluster a row, framed by class."""
+    """Draw the surest test images of a head's largest clusters, one a row, framed by class."""
     chosen = assignments.argmax(axis=1)
     sizes = np.bincount(chosen, minlength=assignments.shape[1])
     largest = [c for c in np.argsort(-sizes, kind="stable")[:rows] if sizes[c]]
@@ -193,8 +194,8 @@ def clusters(
                     spine.set_visible(False)
     height = figure.get_size_inches()[1]
     figure.suptitle(
-        f"C2BIN, head of {assignments.shape[1]} clusters: its {len(largest)} largest on the test images, "
-        "most certain first",
+        f"C2BIN, head of {assignments.shape[1]} clusters: the largest on the test images, "
+        "surest images first",
         fontsize=10,
         y=1 - 0.15 / height,
         va="top",

@@ -42,7 +42,7 @@ from c2bin_ext.testing._invariants import (
     check_value_at_uniform,
     check_view_swap,
 )
-from c2bin_ext.testing._search import InvariantError, LossRaisedError, search
+from c2bin_ext.testing._search import InvariantError, LossRaisedError, evaluate, search
 from c2bin_ext.testing._strategies import (
     ASSIGNMENT_KINDS,
     EMBEDDING_KINDS,
@@ -84,6 +84,7 @@ __all__ = [
     "check_view_swap",
     "dtypes",
     "embeddings",
+    "evaluate",
     "invariants",
     "paired_assignments",
     "paired_embeddings",

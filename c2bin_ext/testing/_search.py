@@ -84,7 +84,7 @@ def search(
     """Look for an example with a problem, shrink it and raise: what every check is made of.
 
     Formula: `problem(example) is None` for all examples. Calls of the loss inside `problem` go
-    through `calling`, so that its exceptions are told from violations.
+    through `evaluate`, so that its exceptions are told from violations.
 
     Args:
         invariant: name for the report.
@@ -171,7 +171,29 @@ def calling() -> Iterator[None]:
 
 
 def evaluate(loss: Loss, inputs: Sequence[Tensor]) -> Tensor:
-    """Return the loss of fresh copies of `inputs`: a loss may write into what it is given."""
+    """Call the loss under test on copies of the inputs, for checks made with `search`.
+
+    Formula: `L(x)`. A loss may write into what it is given, and an exception that it raises is told
+    from one of the check.
+
+    Args:
+        loss: the loss.
+        inputs: its arguments.
+
+    Returns:
+        The loss, a tensor of one element.
+
+    Raises:
+        Exception: inside `search`, whatever the loss raised; `search` makes it a `LossRaisedError`.
+
+    Example:
+        >>> import torch
+        >>> from c2bin_ext.testing import evaluate
+        >>> evaluate(torch.sum, [torch.eye(2)])
+        tensor(2.)
+
+    Source: the page on the testing kit.
+    """
     with calling():
         return _scalar(loss(*(tensor.detach().clone() for tensor in inputs)))
 
@@ -180,8 +202,7 @@ def differentiate(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Te
     """Return the loss and its gradient for each input, None where it does not depend on one."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     with calling():
-        # A view of each leaf, which a loss may write into where it may not into a leaf.
-        value = _scalar(loss(*(leaf.view_as(leaf) for leaf in leaves)))
+        value = _scalar(loss(*leaves))
         if not value.requires_grad:
             return value, [None] * len(leaves)
         return value.detach(), list(torch.autograd.grad(value.sum(), leaves, allow_unused=True))

@@ -204,7 +204,7 @@ def paired_embeddings(
 ) -> tuple[Tensor, Tensor]:
     """A prediction and its target.
 
-    Formula: `z` is `p`, `-p`, `p/2 + q/2` or `q`, for a `q` drawn like `p`: the relations
+    Formula: `z` is `p`, `-p`, `p + q/8` or `q`, for a `q` drawn like `p`: the relations
     `identical`, `opposite`, `noisy` and `independent`.
 
     Args:
@@ -240,7 +240,8 @@ def paired_embeddings(
     if relation == "opposite":
         return first, -first
     second = _embeddings(draw, n, d, kinds, dtype)
-    return first, first / 2 + second / 2 if relation == "noisy" else second
+    # Entries of a plain row are integers up to 4: an eighth of another one cannot cancel them.
+    return first, first + second / 8 if relation == "noisy" else second
 
 
 def scales(

@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 
 class LinearProbe(NamedTuple):
-    """Test accuracy in [0, 1], the chosen learning rate, its accuracy on held-out training images."""
+    """Test accuracy in [0, 1], the chosen learning rate, its accuracy on held-out images."""
 
     accuracy: float
     lr: float
@@ -60,8 +60,9 @@ def extract(
 
     Example:
         >>> from torch import nn
-        >>> extract(nn.Flatten(), [(torch.rand(4, 3, 2, 2), torch.arange(4))],
-        device="cpu").features.shape torch.Size([4, 12])
+        >>> batches = [(torch.rand(4, 3, 2, 2), torch.arange(4))]
+        >>> extract(nn.Flatten(), batches, device="cpu").features.shape
+        torch.Size([4, 12])
     """
     device = next(model.parameters()).device if device is None else device
     modes = {module: module.training for module in model.modules()}
@@ -101,8 +102,9 @@ def knn_accuracy(
 
     Example:
         >>> bank = Features(torch.eye(2), torch.tensor([0, 1]))
-        >>> knn_accuracy(bank, Features(torch.tensor([[2.0, 0.1], [0.1, 3.0]]), torch.tensor([0,
-        1])), k=1) 1.0
+        >>> test = Features(torch.tensor([[2.0, 0.1], [0.1, 3.0]]), torch.tensor([0, 1]))
+        >>> knn_accuracy(bank, test, k=1)
+        1.0
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -126,7 +128,7 @@ def knn_accuracy(
 def linear_probe(
     train: Features,
     test: Features,
-    lrs: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0),
+    lrs: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
     epochs: int = 90,
     batch_size: int = 256,
     held_out: float = 0.2,
@@ -176,9 +178,8 @@ def linear_probe(
         )
         schedule = CosineWarmupScheduler(optimizer, warmup_epochs=0, max_epochs=steps)
         for _ in range(epochs):
-            for batch in (
-                torch.randperm(rows, generator=order).to(bank.labels.device).split(batch_size)
-            ):
+            shuffled = torch.randperm(rows, generator=order).to(bank.labels.device)
+            for batch in torch.split(shuffled, batch_size):
                 optimizer.zero_grad()
                 loss = cross_entropy(classifier(bank.features[batch]), bank.labels[batch])
                 torch.autograd.backward(loss)

@@ -88,7 +88,7 @@ class _Method(LightningModule):
         self.optimization = options
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the backbone's features (n, feature_dim) of images (n, channels, height, width)."""
+        """Return the features (n, feature_dim) of images (n, channels, height, width)."""
         features: Tensor = self.backbone(images).flatten(start_dim=1)
         return features
 
@@ -160,8 +160,10 @@ class SimCLR(_Method):
 
     Example:
         >>> from torch import nn
-        >>> model = SimCLR(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
-        hidden_dim=16) >>> model(torch.rand(5, 3, 2, 2)).shape torch.Size([5, 8])
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+        >>> model = SimCLR(backbone, feature_dim=8, hidden_dim=16)
+        >>> model(torch.rand(5, 3, 2, 2)).shape
+        torch.Size([5, 8])
     """
 
     def __init__(
@@ -257,8 +259,10 @@ class MoCoV2(_Bootstrap):
 
     Example:
         >>> from torch import nn
-        >>> model = MoCoV2(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
-        queue_size=64) >>> model(torch.rand(5, 3, 2, 2)).shape torch.Size([5, 8])
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+        >>> model = MoCoV2(backbone, feature_dim=8, queue_size=64)
+        >>> model(torch.rand(5, 3, 2, 2)).shape
+        torch.Size([5, 8])
     """
 
     def __init__(
@@ -323,8 +327,10 @@ class BYOL(_Bootstrap):
 
     Example:
         >>> from torch import nn
-        >>> model = BYOL(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
-        hidden_dim=16) >>> sorted(model.losses(torch.rand(5, 3, 2, 2), torch.rand(5, 3, 2, 2)))
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+        >>> model = BYOL(backbone, feature_dim=8, hidden_dim=16)
+        >>> view0, view1 = torch.rand(2, 5, 3, 2, 2)
+        >>> sorted(model.losses(view0, view1))
         ['loss']
     """
 
@@ -387,8 +393,9 @@ class C2BIN(BYOL):
 
     Example:
         >>> from torch import nn
-        >>> model = C2BIN(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), feature_dim=8,
-        num_clusters=(4, 6)) >>> [tuple(p.shape) for p in model.assignments(torch.rand(5, 3, 2, 2))]
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+        >>> model = C2BIN(backbone, feature_dim=8, num_clusters=(4, 6))
+        >>> [tuple(p.shape) for p in model.assignments(torch.rand(5, 3, 2, 2))]
         [(5, 4), (5, 6)]
     """
 
@@ -415,8 +422,9 @@ class C2BIN(BYOL):
         largest, n = max(self.cluster_head.num_clusters), len(batch[0][0]) * self.trainer.world_size
         if batch_idx == 0 and self.current_epoch == 0 and largest > n:
             warnings.warn(
-                f"A head has {largest} clusters but a batch has {n} images: most clusters get no image "
-                "in a batch, which makes their contrast noisy. Use a larger batch or fewer clusters.",
+                f"A head has {largest} clusters but a batch has {n} images: most clusters get no "
+                "image in a batch, which makes their contrast noisy. Use a larger batch or fewer "
+                "clusters.",
                 stacklevel=2,
             )
 

@@ -1,0 +1,231 @@
+"""Training for the demo: backbones, and a Lightning run that can be killed and resumed exactly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from _demo_data import DemoError, EpochSampler, Images, Views, normalized, view_transform
+from c2bin_lightly import evaluate
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+BACKBONES = ("small", "resnet18", "resnet34", "resnet50")
+EVALUATION_BATCH = 512
+# Of the kNN curve: how many points, and how many images at most it is taken on.
+CURVE_POINTS, CURVE_TRAIN, CURVE_TEST = 12, 2000, 1000
+
+
+class Residual(nn.Module):
+    """Two 3 × 3 convolutions and a skip connection."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (n, outputs, height / stride, width / stride)."""
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def backbone(name: str, size: int) -> tuple[nn.Module, int]:
+    """Return a fresh backbone for images of `size` pixels, and the length of its features."""
+    if name == "small":
+        widths = (24, 24, 48, 96, 192)
+        stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        stages = [Residual(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
+        return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
+    net = getattr(torchvision.models, name)()
+    features: int = net.fc.in_features
+    net.fc = nn.Identity()
+    if size <= 64:
+        # The usual stem for small images: ImageNet's shrinks them fourfold before the first stage.
+        net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        net.maxpool = nn.Identity()
+    return net, features
+
+
+def features_of(net: nn.Module, images: Tensor, labels: Tensor) -> evaluate.Features:
+    """Return a backbone's features of uint8 images (n, 3, S, S), without augmentation."""
+    batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    return evaluate.extract(net, batches, transform=normalized)
+
+
+class Progress(Callback):
+    """Fixes the seed of every epoch, keeps the curves and moves the bars."""
+
+    def __init__(self, label: str, images: Images, seed: int, overall: tqdm[Any]) -> None:
+        self.label, self.images, self.seed, self.overall = label, images, seed, overall
+        self.curve: list[dict[str, float]] = []
+        self.bar: tqdm[Any] | None = None
+        self.began = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the curve so far."""
+        return {"curve": self.curve}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the curve so far from a checkpoint."""
+        self.curve = state_dict["curve"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show where this method begins, or goes on."""
+        done, epochs = trainer.current_epoch, trainer.max_epochs or 1
+        if done and trainer.is_global_zero:
+            tqdm.write(f"{self.label}, seed {self.seed}: going on after epoch {done} of {epochs}")
+        self.overall.update(done)
+        steps = int(trainer.num_training_batches)
+        self.bar = tqdm(
+            total=epochs * steps,
+            initial=done * steps,
+            desc=self.label,
+            unit="step",
+            position=1,
+            leave=False,
+            disable=self.overall.disable,
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed from (seed, epoch), so that a resumed run draws what an uninterrupted one draws."""
+        stream = (self.seed * 100_003 + trainer.current_epoch) % 2**32
+        torch.manual_seed(stream)
+        np.random.seed(stream)
+        random.seed(stream)
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Move the method's bar."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the epoch's numbers, and now and then a kNN score, which is not in its time."""
+        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
+        row: dict[str, float] = {"epoch": epoch, "seconds": time.perf_counter() - self.began}
+        row.update({name: float(v) for name, v in sorted(trainer.callback_metrics.items())})
+        if not math.isfinite(row["train_loss"]):
+            raise DemoError(f"{self.label} diverged in epoch {epoch}: loss {row['train_loss']}")
+        shown = {"epoch": f"{epoch}/{epochs}", "loss": f"{row['train_loss']:.3f}"}
+        often = max(1, round(epochs / CURVE_POINTS))
+        if trainer.is_global_zero and (epoch % often == 0 or epoch in (1, epochs)):
+            row["knn"] = self.knn(pl_module)
+            shown["kNN"] = f"{100 * row['knn']:.1f}"
+        self.curve.append(row)
+        if self.bar is not None:
+            self.bar.set_postfix(shown)
+        self.overall.update()
+
+    def knn(self, module: LightningModule) -> float:
+        """Return the kNN accuracy, k = 5, on an evenly spaced part of the images."""
+        images, net = self.images, module.backbone
+        assert isinstance(net, nn.Module)
+        train, test = -(-len(images.train) // CURVE_TRAIN), -(-len(images.test) // CURVE_TEST)
+        return evaluate.knn_accuracy(
+            features_of(net, images.train[::train], images.train_labels[::train]),
+            features_of(net, images.test[::test], images.test_labels[::test]),
+            k=5,
+        )
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Take the method's bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class EpochCheckpoint(Checkpoint):
+    """Keeps all that a resumed run needs after each epoch; a kill while it writes harms nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write beside the last checkpoint, then put the new one in its place in one go."""
+        part = self.path.with_suffix(".part")
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            os.replace(part, self.path)
+
+
+def fit(
+    model: LightningModule,
+    label: str,
+    images: Images,
+    checkpoint: Path,
+    seed: int,
+    overall: tqdm[Any],
+    *,
+    dataset: str,
+    epochs: int,
+    batch_size: int,
+    accelerator: str,
+    devices: int,
+    precision: Any,
+    workers: int,
+) -> tuple[list[dict[str, float]], bool]:
+    """Train a model, from its last finished epoch if `checkpoint` is there.
+
+    Returns:
+        The curve, one row an epoch, and whether this process is the one that evaluates.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C.
+    """
+    progress = Progress(label, images, seed, overall)
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision=precision,
+        max_epochs=epochs,
+        callbacks=[progress, EpochCheckpoint(checkpoint)],
+        use_distributed_sampler=False,  # EpochSampler shares batches out
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    views = Views(images.train, images.train_labels, view_transform(images, dataset), seed)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    loader = DataLoader(
+        views,
+        sampler=EpochSampler(len(views), batch_size, seed, rank, devices),
+        batch_size=batch_size // devices,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=accelerator == "gpu",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interrupt,
+    )
+    try:
+        trainer.fit(model, loader, ckpt_path=checkpoint if checkpoint.exists() else None)
+    except SystemExit:
+        # Lightning makes an exit of Ctrl-C; it has to reach the message that says how to go on.
+        raise KeyboardInterrupt from None
+    if trainer.is_global_zero:
+        model.to(trainer.strategy.root_device)
+    return progress.curve, trainer.is_global_zero
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the parent, which ends its workers; else each would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,489 @@
+"""c2bin_lightly: what each method trains, how the follower moves, two processes, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+pytest.importorskip("lightly")
+
+from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from c2bin_ext import C2BINLoss
+
+# Lightning's own calls of what torch and the operating system are about to drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning"),
+]
+
+METHODS = (SimCLR, MoCoV2, BYOL, C2BIN)
+OPTIONS: dict[type[LightningModule], dict[str, Any]] = {
+    SimCLR: {"hidden_dim": 12, "projection_dim": 6},
+    MoCoV2: {"hidden_dim": 12, "projection_dim": 6, "queue_size": 32},
+    BYOL: {"hidden_dim": 12, "projection_dim": 6},
+    C2BIN: {"hidden_dim": 12, "projection_dim": 6, "num_clusters": (3, 5)},
+}
+
+
+class Backbone(nn.Sequential):
+    """Images (n, 3, 4, 4) to features (n, 8), with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+
+
+class Pairs(Dataset[tuple[tuple[Tensor, Tensor], int]]):
+    """Sixteen fixed pairs of views."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(7)
+        self.views = torch.randn(2, 16, 3, 4, 4, generator=draw)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> tuple[tuple[Tensor, Tensor], int]:
+        return (self.views[0, i], self.views[1, i]), i % 4
+
+
+def build(kind: type[LightningModule], **options: Any) -> LightningModule:
+    torch.manual_seed(0)
+    return kind(Backbone(), 8, **{**OPTIONS[kind], **options})
+
+
+def trainer(epochs: int = 1, **options: Any) -> Trainer:
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
+    return Trainer(max_epochs=epochs, **{**quiet, **options})
+
+
+def loader(batch_size: int = 8) -> DataLoader[Any]:
+    return DataLoader(Pairs(), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+class TestEveryMethod:
+    def test_a_step_reaches_the_runner_and_not_the_follower(self, kind: Any) -> None:
+        model = build(kind)
+        view0, view1 = torch.randn(2, 8, 3, 4, 4)
+        model.losses(view0, view1)["loss"].backward()
+        for name, parameter in model.named_parameters():
+            if name.startswith("follower"):
+                assert parameter.grad is None
+                assert not parameter.requires_grad
+            else:
+                assert parameter.grad is not None, name
+        assert float(model.backbone[0].weight.grad.norm()) > 1e-5
+
+    def test_training_lowers_the_loss(self, kind: Any) -> None:
+        # The queue of MoCo v2 starts with random negatives, which are easier than real ones.
+        options = {"symmetric": False, "queue_size": 8} if kind is MoCoV2 else {}
+        model = build(kind, lr=0.1, schedule="constant", **options)
+        losses: list[float] = []
+        step = model.training_step
+
+        def spy(batch: Any, batch_idx: int) -> Tensor:
+            loss = step(batch, batch_idx)
+            losses.append(float(loss.detach()))
+            return loss
+
+        model.training_step = spy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(epochs=40).fit(model, loader(16))
+        assert len(losses) == 40
+        assert min(losses[-3:]) < losses[3] - 0.02
+
+    def test_no_weight_decay_on_norms_and_biases(self, kind: Any) -> None:
+        model = build(kind, weight_decay=0.25)
+        trainer().fit(model, loader())
+        optimizer = model.optimizers().optimizer
+        groups = optimizer.param_groups
+        decayed = {id(p) for g in groups if g["weight_decay"] == 0.25 for p in g["params"]}
+        undecayed = {id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]}
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+                if not parameter.requires_grad:
+                    assert id(parameter) not in decayed | undecayed
+                elif norm or name == "bias":
+                    assert id(parameter) in undecayed
+                else:
+                    assert id(parameter) in decayed
+
+    def test_lightlys_batch_with_names_is_the_same_batch(self, kind: Any) -> None:
+        batch = next(iter(loader()))
+        named = ([*batch[0]], batch[1], ["a.jpg"] * 8)
+        losses = []
+        for given in (batch, named):
+            model = build(kind)
+            model.log_dict = lambda *_, **__: None
+            losses.append(float(model.training_step(given, 0).detach()))
+        assert losses[0] == losses[1]
+
+    def test_checkpoint_gives_back_every_tensor(self, kind: Any, tmp_path: Path) -> None:
+        model = build(kind, lr=0.3)
+        fitted = trainer(epochs=2)
+        fitted.fit(model, loader())
+        fitted.save_checkpoint(tmp_path / "a.ckpt")
+        loaded = kind.load_from_checkpoint(
+            tmp_path / "a.ckpt", backbone=Backbone(), weights_only=True
+        )
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert loaded.optimization["lr"] == 0.3
+
+    def test_resumed_equals_uninterrupted(self, kind: Any, tmp_path: Path) -> None:
+        whole = build(kind)
+        trainer(epochs=4).fit(whole, loader())
+        # The same schedule, stopped after two of its four epochs.
+        stopped = build(kind)
+        half = trainer(epochs=4, limit_train_batches=2, callbacks=[StopAfter(2)])
+        half.fit(stopped, loader())
+        half.save_checkpoint(tmp_path / "half.ckpt")
+        resumed = build(kind)
+        trainer(epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], tensor), name
+
+    def test_mistakes_are_named(self, kind: Any, complains: Any) -> None:
+        with complains(TypeError, "learning_rate", "lr"):
+            build(kind, learning_rate=0.1)
+        with complains(ValueError, "optimizer", "'lion'", "lars"):
+            build(kind, optimizer="lion")
+        with complains(ValueError, "schedule", "'step'", "cosine"):
+            build(kind, schedule="step")
+
+
+class StopAfter(Callback):
+    """Stops a fit after so many epochs without changing what the schedule was built for."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+class TestFollower:
+    @pytest.mark.parametrize("kind", [MoCoV2, BYOL, C2BIN])
+    def test_moves_by_equation_8(self, kind: Any) -> None:
+        model = build(kind, follower_momentum=0.75, lr=0.5, schedule="constant")
+        pairs = [
+            ("backbone", "follower_backbone"),
+            ("projector", "follower_projector"),
+        ]
+        before = [
+            [p.detach().clone() for p in getattr(model, follower).parameters()]
+            for _, follower in pairs
+        ]
+        trainer(limit_train_batches=1).fit(model, loader())
+        moved = 0.0
+        for (runner, follower), old in zip(pairs, before, strict=True):
+            now = getattr(model, follower).parameters()
+            for theta, phi, was in zip(getattr(model, runner).parameters(), now, old, strict=True):
+                torch.testing.assert_close(phi, 0.75 * was + 0.25 * theta, rtol=0, atol=1e-7)
+                moved = max(moved, float((phi - was).detach().abs().max()))
+        assert moved > 1e-4
+
+    def test_starts_as_a_copy_of_its_own(self) -> None:
+        model = build(BYOL)
+        assert torch.equal(model.backbone[0].weight, model.follower_backbone[0].weight)
+        assert model.backbone[0].weight.data_ptr() != model.follower_backbone[0].weight.data_ptr()
+
+    def test_moves_once_for_each_optimizer_step(self) -> None:
+        # Weight decay and rate 0: the runner stands still, so only the number of moves shows.
+        model = build(BYOL, follower_momentum=0.5, lr=0.0)
+        with torch.no_grad():
+            model.follower_backbone[0].weight.zero_()
+        trainer(accumulate_grad_batches=2).fit(model, loader(batch_size=4))
+        share = model.follower_backbone[0].weight / model.backbone[0].weight
+        torch.testing.assert_close(share, torch.full_like(share, 0.75))  # two steps: 1 − ½²
+
+    def test_cosine_schedule_ends_standing_still(self) -> None:
+        model = build(BYOL, follower_momentum=0.5, follower_schedule="cosine", lr=0.0)
+        with torch.no_grad():
+            model.follower_backbone[0].weight.zero_()
+        trainer().fit(model, loader())  # two steps: γ = 0.5, then 1
+        share = model.follower_backbone[0].weight / model.backbone[0].weight
+        torch.testing.assert_close(share, torch.full_like(share, 0.5))
+
+    def test_batch_norm_uses_the_batch_and_has_statistics_of_its_own(self) -> None:
+        model = build(BYOL, lr=0.0)
+        before = model.follower_backbone[1].running_mean.clone()
+        trainer().fit(model, loader())
+        assert model.follower_backbone[1].training
+        assert not torch.equal(model.follower_backbone[1].running_mean, before)
+
+    @pytest.mark.parametrize(
+        ("option", "value"), [("follower_momentum", 1.5), ("follower_schedule", "linear")]
+    )
+    def test_mistakes_are_named(self, option: str, value: Any, complains: Any) -> None:
+        with complains(ValueError, option, str(value)):
+            build(BYOL, **{option: value})
+
+
+class TestC2BIN:
+    def test_is_byol_plus_heads_on_backbone_features(self) -> None:
+        byol, c2bin = build(BYOL), build(C2BIN, loss=C2BINLoss(cluster_weight=0.0))
+        extra = set(dict(c2bin.named_parameters())) - set(dict(byol.named_parameters()))
+        assert extra == {"cluster_head.linear.weight", "cluster_head.linear.bias"}
+        c2bin.load_state_dict(byol.state_dict(), strict=False)
+        view0, view1 = torch.randn(2, 8, 3, 4, 4)
+        ours, theirs = c2bin.losses(view0, view1), byol.losses(view0, view1)
+        torch.testing.assert_close(ours["loss"], theirs["loss"])
+        features = c2bin(view0)
+        expected = (features @ c2bin.cluster_head.linear.weight[:3].T).add(
+            c2bin.cluster_head.linear.bias[:3]
+        )
+        torch.testing.assert_close(c2bin.assignments(view0)[0], expected.softmax(dim=1))
+
+    def test_logs_the_parts_and_the_effective_clusters(self) -> None:
+        model = build(C2BIN)
+        fitted = trainer()
+        fitted.fit(model, loader())
+        logged = {name: float(value) for name, value in fitted.callback_metrics.items()}
+        assert set(logged) == {
+            "train_loss",
+            "train_alignment",
+            "train_contrast",
+            "train_entropy",
+            "train_effective_clusters_0_of_3",
+            "train_effective_clusters_1_of_5",
+        }
+        total = logged["train_alignment"] + 2 * (logged["train_contrast"] + logged["train_entropy"])
+        assert logged["train_loss"] == pytest.approx(total, rel=1e-5)
+        assert 1 <= logged["train_effective_clusters_1_of_5"] <= 5
+
+    def test_effective_clusters_are_exp_of_the_entropy(self) -> None:
+        model = build(C2BIN)
+        view0, view1 = torch.randn(2, 8, 3, 4, 4)
+        mean = model.assignments(view0)[1].detach().double().mean(dim=0)
+        expected = float((-(mean * mean.log()).sum()).exp())
+        found = float(model.losses(view0, view1)["effective_clusters_1_of_5"])
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert expected < 4.999
+
+    def test_warns_when_clusters_outnumber_the_batch(self) -> None:
+        with pytest.warns(UserWarning, match="9 clusters but a batch has 8 images"):
+            trainer().fit(build(C2BIN, num_clusters=(4, 9)), loader())
+
+    def test_is_silent_when_they_do_not(self) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer().fit(build(C2BIN, num_clusters=(4, 8)), loader())
+        assert not [w for w in caught if "clusters" in str(w.message)]
+
+
+class TestOptimizers:
+    @pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("lars", "LARS"), ("adam", "Adam")])
+    def test_the_named_one_is_used(self, name: str, kind: str) -> None:
+        model = build(BYOL, optimizer=name)
+        trainer().fit(model, loader())
+        assert type(model.optimizers().optimizer).__name__ == kind
+
+    @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0004), ("constant", 0.4)])
+    def test_schedule_and_warmup(self, schedule: Any, last: float) -> None:
+        rates: list[float] = []
+
+        class Rates(Callback):
+            def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        model = build(SimCLR, lr=0.4, schedule=schedule, warmup_epochs=2)
+        trainer(epochs=4, callbacks=[Rates()]).fit(model, loader())
+        assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+        assert rates[4] == pytest.approx(0.4)
+        assert rates[-1] == pytest.approx(last)
+
+
+RANKS = """
+import os, sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from pytorch_lightning import LightningModule, Trainer
+import c2bin_lightly, logging, warnings
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+devices, out = int(sys.argv[1]), sys.argv[2]
+
+class Pairs(Dataset):
+    views = torch.randn(2, 24, 3, 4, 4, generator=torch.Generator().manual_seed(7)).double()
+    def __len__(self):
+        return 24
+    def __getitem__(self, i):
+        return (self.views[0, i], self.views[1, i]), 0
+
+class Shard:
+    # A global batch of 8 is the same images for one process and for two.
+    def __init__(self, rank):
+        self.rank = rank
+    def __len__(self):
+        return 24 // devices
+    def __iter__(self):
+        n = 8 // devices
+        for start in range(0, 24, 8):
+            yield from range(start + self.rank * n, start + (self.rank + 1) * n)
+
+
+def train(kind):
+    torch.manual_seed(0)
+    # No batch norm: its statistics are of one rank's images, as in every method under plain DDP.
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Tanh())
+    options = {"hidden_dim": 12, "projection_dim": 6, "lr": 0.3}
+    options |= {"C2BIN": {"num_clusters": (3, 5)}, "MoCoV2": {"queue_size": 16}}.get(kind, {})
+    model = getattr(c2bin_lightly, kind)(backbone, 8, **options)
+    for name in ("projector", "follower_projector", "predictor"):
+        if hasattr(model, name):
+            head = getattr(model, name)
+            kept = [module for module in head.layers if not isinstance(module, nn.BatchNorm1d)]
+            head.layers = nn.Sequential(*kept)
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", devices=devices, precision="64-true",
+        strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    trainer.fit(model, DataLoader(Pairs(), batch_size=8 // devices, sampler=Shard(rank)))
+    logged = {k: float(v) for k, v in trainer.callback_metrics.items() if "effective" not in k}
+    return {"state": model.state_dict(), "logged": logged}
+
+torch.set_num_threads(1)
+trained = {kind: train(kind) for kind in ("SimCLR", "MoCoV2", "BYOL", "C2BIN")}
+if os.environ.get("LOCAL_RANK", "0") == "0":
+    torch.save(trained, out)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What one process and two made of the same global batches, by number of processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "ranks.py"
+    script.write_text(RANKS)
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK")}
+    environment["OMP_NUM_THREADS"] = "1"
+    running = []
+    for devices in (1, 2):
+        command = [sys.executable, script, str(devices), folder / f"{devices}.pt"]
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
+    for process in running:
+        errors = process.communicate(timeout=240)[1].decode()
+        assert process.returncode == 0, errors
+    return {n: torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_two_processes_train_as_one_with_the_whole_batch(kind: Any, trained: Any) -> None:
+    one, two = (trained[n][kind.__name__] for n in (1, 2))
+    assert two["logged"] == pytest.approx(one["logged"], rel=1e-9)
+    for name, tensor in one["state"].items():
+        torch.testing.assert_close(two["state"][name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_without_lightly_the_import_says_what_to_install() -> None:
+    code = """
+        import sys
+        sys.modules["lightly"] = None
+        try:
+            import c2bin_lightly
+        except ImportError as error:
+            print(error)
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    shown = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert 'pip install "c2bin-ext[lightly]"' in shown
+
+
+class TestEvaluate:
+    @staticmethod
+    def blobs(n: int, seed: int, noise: float = 0.3) -> evaluate.Features:
+        draw = torch.Generator().manual_seed(seed)
+        labels = torch.arange(n) % 3
+        return evaluate.Features(
+            torch.eye(3)[labels] + noise * torch.randn(n, 3, generator=draw), labels
+        )
+
+    def test_extract_is_in_evaluation_mode_and_puts_the_mode_back(self) -> None:
+        model = build(BYOL)
+        model.follower_backbone.eval()
+        images, labels = torch.randn(6, 3, 4, 4), torch.arange(6)
+        batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+        before = copy.deepcopy(model.state_dict())
+        found = evaluate.extract(model, batches)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert model.training
+        assert not model.follower_backbone.training
+        assert not model.follower_backbone[1].training
+        assert torch.equal(found.labels, labels)
+        torch.testing.assert_close(found.features, model.eval()(images))
+
+    def test_extract_of_nothing_says_so(self, complains: Any) -> None:
+        with complains(ValueError, "batches", "empty"):
+            evaluate.extract(nn.Flatten(), [], device="cpu")
+
+    @pytest.mark.parametrize("chunk", [7, 512])
+    def test_knn_agrees_with_a_loop(self, chunk: int) -> None:
+        train, test = self.blobs(60, 0, noise=0.6), self.blobs(31, 1, noise=0.6)
+        right = 0
+        for row, label in zip(test.features, test.labels, strict=True):
+            cosines = torch.cosine_similarity(row[None], train.features)
+            near = cosines.argsort(descending=True)[:5]
+            votes = [
+                float((cosines[near] / 0.1).exp()[train.labels[near] == c].sum()) for c in range(3)
+            ]
+            right += votes.index(max(votes)) == int(label)
+        assert 0 < right < 31
+        assert evaluate.knn_accuracy(train, test, k=5, chunk=chunk) == pytest.approx(right / 31)
+
+    def test_knn_is_cut_to_the_bank(self) -> None:
+        train, test = self.blobs(9, 0), self.blobs(12, 1)
+        assert evaluate.knn_accuracy(train, test, k=200) == evaluate.knn_accuracy(train, test, k=9)
+
+    def test_linear_probe_learns_and_leaves_the_generators_alone(self) -> None:
+        train, test = self.blobs(90, 0), self.blobs(60, 1)
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        probe = evaluate.linear_probe(train, test)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert probe.accuracy > 0.9
+        assert probe == evaluate.linear_probe(train, test)
+
+    def test_linear_probe_never_looks_at_the_test_images_to_choose(self) -> None:
+        train, test = self.blobs(90, 0), self.blobs(60, 1)
+        wrong = evaluate.Features(test.features, (test.labels + 1) % 3)
+        honest, fooled = (evaluate.linear_probe(train, t, epochs=5) for t in (test, wrong))
+        assert (honest.lr, honest.held_out_accuracy) == (fooled.lr, fooled.held_out_accuracy)
+        assert fooled.accuracy < 0.2 < honest.accuracy
+
+    def test_kmeans_clusters_the_test_images_and_scores_them(self) -> None:
+        train, test = self.blobs(90, 0, noise=0.1), self.blobs(60, 1, noise=0.1)
+        clusters = evaluate.kmeans(train, test, k=3)
+        scores = evaluate.clustering_scores(test.labels, clusters)
+        assert scores == {"nmi": 1.0, "acc": 1.0, "purity": 1.0, "ari": 1.0, "in_use": 3.0}
+        # Length says nothing: features are normalised first.
+        longer = evaluate.Features(test.features * torch.linspace(1, 50, 60)[:, None], test.labels)
+        assert torch.equal(evaluate.kmeans(train, longer, k=3), clusters)
