@@ -386,7 +386,7 @@ def knn_accuracy(
             f"{tuple(bank_features.shape)} and {tuple(features.shape)}"
         )
     k = _check_k(k, bank.shape[0], "the number of labelled items in bank_features")
-    temperature = _check_temperature(temperature)
+    _check_temperature(temperature)
 
     names, codes = np.unique(bank_classes, return_inverse=True)
     bank = bank.to(queries.device)
@@ -667,8 +667,7 @@ def _similarity_blocks(
     """Yield (first row, cosines of a block of query rows with the whole bank)."""
     rows = max(1, _BLOCK_ELEMENTS // bank.shape[0])
     for start in range(0, queries.shape[0], rows):
-        # + 0.0 turns -0.0 into 0.0.
-        block = (queries[start : start + rows] @ bank.T).round(decimals=_DECIMALS) + 0.0
+        block = (queries[start : start + rows] @ bank.T).round(decimals=_DECIMALS)
         if leave_one_out:
             own = torch.arange(block.shape[0], device=block.device)
             block[own, start + own] = -math.inf
@@ -700,7 +699,7 @@ def _check_k(k: int, largest: int, meaning: str) -> int:
     return value
 
 
-def _check_temperature(temperature: float) -> float:
+def _check_temperature(temperature: float) -> None:
     expected = "temperature: expected a finite number above 0"
     if isinstance(temperature, bool):
         raise TypeError(f"{expected}, got a bool")
@@ -710,4 +709,3 @@ def _check_temperature(temperature: float) -> float:
         raise TypeError(f"{expected}, got {type(temperature).__name__}") from error
     if not valid:
         raise ValueError(f"{expected}, got {temperature}")
-    return float(temperature)

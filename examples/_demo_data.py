@@ -357,28 +357,29 @@ class Views(Dataset[tuple[tuple[Tensor, Tensor], int]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """This rank's share of every global batch, in an order that depends on nothing but seed and
-    epoch.
+    """This rank's share of every global batch, in an order that only seed and epoch decide.
 
     A global batch is the same images for any number of ranks, and a resumed run goes on with the
-    order it would have had: Lightning calls `set_epoch` before it asks for an epoch's first batch.
+    order it would have had. Lightning calls `set_epoch` before each epoch; but it makes the first
+    iterator before it restores a checkpoint, and keeps it, so `start` says which epoch that is for.
     """
 
     def __init__(
-        self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
     ) -> None:
-        self.n, self.batch_size, self.seed, self.rank, self.world_size = (
-            n,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-        )
-        self.epoch = 0
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.start = start
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
-        self.epoch = epoch
+        self.epoch = max(epoch, self.start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.randperm(

@@ -205,9 +205,11 @@ def fit(
     )
     views = Views(images.train, images.train_labels, view_transform(images, dataset), seed)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
+    resumes = checkpoint.exists()
+    start = torch.load(checkpoint, weights_only=True)["epoch"] + 1 if resumes else 0
     loader = DataLoader(
         views,
-        sampler=EpochSampler(len(views), batch_size, seed, rank, devices),
+        sampler=EpochSampler(len(views), batch_size, seed, rank, devices, start),
         batch_size=batch_size // devices,
         drop_last=True,
         num_workers=workers,
@@ -217,7 +219,7 @@ def fit(
         worker_init_fn=ignore_interrupt,
     )
     try:
-        trainer.fit(model, loader, ckpt_path=checkpoint if checkpoint.exists() else None)
+        trainer.fit(model, loader, ckpt_path=checkpoint if resumes else None)
     except SystemExit:
         # Lightning makes an exit of Ctrl-C; it has to reach the message that says how to go on.
         raise KeyboardInterrupt from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -41,6 +42,8 @@ def complains() -> Complains:
         message = str(caught.value)
         for part in parts:
             choices = (part,) if isinstance(part, str) else part
-            assert any(choice in message for choice in choices), f"{choices} not in {message!r}"
+            # At the start of a word: "xtemperature" does not name `temperature`.
+            found = (re.search(rf"(?<![A-Za-z]){re.escape(choice)}", message) for choice in choices)
+            assert any(found), f"{choices} not in {message!r}"
 
     return check

@@ -174,5 +174,5 @@ class TestErrors:
 
     @pytest.mark.parametrize("method", ["forward", "logits"])
     def test_not_a_tensor(self, method: str, complains: Any) -> None:
-        with complains(TypeError, "features", "list", "ensor"):
+        with complains(TypeError, "features", "list", ("tensor", "Tensor")):
             getattr(head_of((2, 3)), method)([[1.0] * 6])

@@ -869,7 +869,9 @@ def test_bad_k(bad: Any, kind: type[Exception], message: str) -> None:
 @pytest.mark.parametrize("k", [2, np.int64(2), torch.tensor(2)])
 def test_largest_k_and_other_integers(k: Any) -> None:
     assert metrics.knn_accuracy(F, [0, -1, 0], F, [0] * 3, k, np.float32(0.1)) == 1.0
-    assert metrics.retrieval_precision(F, [0] * 3, k) == 1.0
+    precision = metrics.retrieval_precision(F, [0] * 3, k)
+    assert type(precision) is float
+    assert precision == 1.0
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ class TestResume:
     ) -> None:
         out = tmp_path / "out"
         command = [sys.executable, str(DEMO), *map(str, TINY), "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEMO_PAUSE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW, *command[1:]],
             env=environment,
