@@ -23,7 +23,7 @@ def finite_number(name: str, value: float, *, above: float | None = None) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
     # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
-    if not (0 <= value if above is None else above < value) or not value < math.inf:
+    if not (value >= 0 if above is None else value > above) or not value < math.inf:
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return float(value)
 

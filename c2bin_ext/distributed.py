@@ -26,7 +26,7 @@ def world_size() -> int:
     Returns:
         The world size W, >= 1.
 
-    Example:
+    Examples:
         >>> from c2bin_ext.distributed import world_size
         >>> world_size()
         1
@@ -62,7 +62,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     Returns:
         The global sums, in the order, shapes and dtypes of `tensors`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.distributed import sum_over_ranks
         >>> sum_over_ranks([torch.ones(2), torch.tensor(3.0)])

@@ -90,7 +90,7 @@ def bootstrap_alignment_loss(
         TypeError: not a floating-point tensor.
         ValueError: not (n, d) with n >= 1 and d >= 1, or shapes or devices that differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.functional import bootstrap_alignment_loss
         >>> bootstrap_alignment_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
@@ -123,7 +123,7 @@ def cluster_assignments(logits: Tensor, num_clusters: Sequence[int]) -> tuple[Te
         TypeError: `logits` is not a floating-point tensor, `num_clusters` no sequence of ints.
         ValueError: shapes do not fit, or a K < 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.functional import cluster_assignments
         >>> fine, coarse = cluster_assignments(torch.zeros(3, 6), (4, 2))
@@ -184,7 +184,7 @@ def bca_contrastive_loss(
         ValueError: not (n, K) with n >= 1 and K >= 2, shapes or devices that differ, τ <= 0, or
             an unknown option.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.functional import bca_contrastive_loss
         >>> bca_contrastive_loss(torch.eye(4), torch.eye(4), temperature=1.0)
@@ -218,7 +218,7 @@ def cluster_mass(assignments: Tensor) -> Tensor:
         TypeError: not a floating-point tensor.
         ValueError: not (n, K) with n >= 1 and K >= 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.functional import cluster_mass
         >>> cluster_mass(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
@@ -258,7 +258,7 @@ def cluster_entropy_regularizer(
         TypeError: not a floating-point tensor, or an option of the wrong type.
         ValueError: not (n, K) with n >= 1 and K >= 2, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.functional import cluster_entropy_regularizer
         >>> cluster_entropy_regularizer(torch.eye(4))
@@ -333,7 +333,7 @@ def c2bin_loss(
         ValueError: shapes, devices or numbers of heads that do not fit, an unknown option, τ <= 0,
             or a weight < 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.functional import c2bin_loss
         >>> embeddings, heads = torch.eye(4), (torch.eye(4), torch.eye(4)[:, :2].softmax(dim=1))

@@ -34,7 +34,7 @@ class MultiScaleClusterHead(nn.Module):
         ValueError: in_features < 1, no K or a K < 2; at the call, features that are not (n, d),
             n >= 1, or lie on another device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext import MultiScaleClusterHead
         >>> head = MultiScaleClusterHead(in_features=512)
@@ -75,7 +75,7 @@ class MultiScaleClusterHead(nn.Module):
             TypeError: features that are not floating-point.
             ValueError: features that are not (n, d), n >= 1, or lie on another device.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from c2bin_ext import MultiScaleClusterHead
             >>> coarse, fine = MultiScaleClusterHead(8, (4, 16)).logits(torch.randn(2, 8))

@@ -51,7 +51,7 @@ class BootstrapAlignmentLoss(_Loss):
         TypeError: an argument of the wrong type.
         ValueError: at the call, shapes or devices that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext import BootstrapAlignmentLoss
         >>> criterion = BootstrapAlignmentLoss()
@@ -96,7 +96,7 @@ class BCAContrastiveLoss(_Loss):
         TypeError: an argument of the wrong type.
         ValueError: τ <= 0 or an unknown option; at the call, shapes or devices that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> criterion = BCAContrastiveLoss(temperature=1.0)
@@ -155,7 +155,7 @@ class ClusterEntropyRegularizer(_Loss):
         TypeError: an argument of the wrong type.
         ValueError: an unknown reduction; at the call, a shape that does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> regularizer = ClusterEntropyRegularizer()
@@ -214,7 +214,7 @@ class C2BINLoss(_Loss):
         ValueError: τ <= 0, a weight < 0, an unknown option; at the call, shapes, devices or
             numbers of heads that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext import C2BINLoss, MultiScaleClusterHead
         >>> head = MultiScaleClusterHead(in_features=8, num_clusters=(2, 4))
@@ -273,7 +273,7 @@ class C2BINLoss(_Loss):
         Raises:
             TypeError: an unknown argument.
 
-        Example:
+        Examples:
             >>> from c2bin_ext import C2BINLoss
             >>> C2BINLoss.paper(temperature=1.0, cluster_weight=1.0).similarity
             'dot'

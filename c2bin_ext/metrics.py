@@ -1,14 +1,14 @@
 """Scores for clusters and for frozen features, as numbers to report rather than losses to train.
 
-Needs the extra ``eval`` (scikit-learn, scipy): ``pip install "c2bin-ext[eval]"``. ``import
-c2bin_ext`` alone never imports this module.
+Needs the extra `eval` (scikit-learn, scipy): `pip install "c2bin-ext[eval]"`. `import
+c2bin_ext` alone never imports this module.
 
 Conventions shared by every score that takes labels:
 
 * Labels and clusters are 1-D sequences of integers, numpy arrays or torch tensors on any device.
   Their values are names: only which items share a value matters, gaps in the numbering do not.
 * A label below zero marks an unlabelled item. It is left out of the score, together with its
-  cluster or feature; if every item is unlabelled there is nothing to score: ``ValueError``.
+  cluster or feature; if every item is unlabelled there is nothing to score: `ValueError`.
 * Features are compared by cosine similarity, in float64 whatever their dtype, and similarities that
   agree to ten decimals are ties. Ties never depend on the order of the items. The cosine of a zero
   vector with anything is 0. Memory is a float64 copy of the features plus a bounded block of the
@@ -65,9 +65,9 @@ _ROW_SUM_TOLERANCE = 1e-2
 
 
 def normalized_mutual_information(labels: Integers, clusters: Integers) -> float:
-    r"""Mutual information of labels and clusters, divided by the mean of their entropies.
+    """Mutual information of labels and clusters, divided by the mean of their entropies.
 
-    .. math:: \mathrm{NMI}(Y, C) = \frac{2\, I(Y; C)}{H(Y) + H(C)}
+    Formula: `NMI(Y, C) = 2 I(Y; C) / (H(Y) + H(C))`.
 
     Arithmetic-mean normalisation (scikit-learn's default). One class and one cluster: 1. One class
     or one cluster, and several of the other: 0. A single item: 1.
@@ -84,7 +84,7 @@ def normalized_mutual_information(labels: Integers, clusters: Integers) -> float
         ValueError: An argument is empty or not 1-D, the lengths differ, a cluster is negative, or
             no item is labelled.
 
-    Example:
+    Examples:
         >>> normalized_mutual_information([0, 0, 1, 1], [5, 5, 2, 2])
         1.0
         >>> round(normalized_mutual_information([0, 0, 1, 1], [0, 0, 1, 2]), 4)
@@ -101,15 +101,13 @@ def normalized_mutual_information(labels: Integers, clusters: Integers) -> float
 
 
 def adjusted_rand_index(labels: Integers, clusters: Integers) -> float:
-    r"""Share of item pairs on which labels and clusters agree, corrected for chance.
+    """Share of item pairs on which labels and clusters agree, corrected for chance.
 
-    .. math::
-        \mathrm{ARI} = \frac{\sum_{ij} \binom{n_{ij}}{2} - E}
-                            {\frac12 (A + B) - E}, \quad
-        A = \sum_i \binom{a_i}{2},\; B = \sum_j \binom{b_j}{2},\; E = AB / \binom{n}{2}
+    Formula: `ARI = (Σ_ij C(n_ij, 2) − E) / ((A + B) / 2 − E)` with `A = Σ_i C(a_i, 2)`,
+    `B = Σ_j C(b_j, 2)` and `E = A B / C(n, 2)`, where `n_ij` counts the items of class i in cluster
+    j, `a_i` and `b_j` are its row and column sums, and `C(m, 2) = m (m − 1) / 2`.
 
-    with :math:`n_{ij}` the items of class i in cluster j, :math:`a_i` and :math:`b_j` its row and
-    column sums. Equal partitions, 0/0 included (one class and one cluster, or all items apart in
+    Equal partitions, 0/0 included (one class and one cluster, or all items apart in
     both): 1. One class or one cluster, and several of the other: 0. A single item: 1.
 
     Args:
@@ -124,7 +122,7 @@ def adjusted_rand_index(labels: Integers, clusters: Integers) -> float:
         ValueError: An argument is empty or not 1-D, the lengths differ, a cluster is negative, or
             no item is labelled.
 
-    Example:
+    Examples:
         >>> adjusted_rand_index([0, 0, 1, 1], [5, 5, 2, 2])
         1.0
         >>> round(adjusted_rand_index([0, 0, 1, 1], [0, 0, 1, 2]), 4)
@@ -138,14 +136,15 @@ def adjusted_rand_index(labels: Integers, clusters: Integers) -> float:
 
 
 def clustering_accuracy(labels: Integers, clusters: Integers) -> float:
-    r"""Accuracy under the best one-to-one matching of clusters to classes (Hungarian method).
+    """Accuracy under the best one-to-one matching of clusters to classes (Hungarian method).
 
-    .. math:: \mathrm{ACC} = \max_{m} \frac1n \sum_i \mathbb{1}[\, m(c_i) = y_i \,]
+    Formula: `ACC = max_m (1/n) Σ_i 1[m(c_i) = y_i]` over the one-to-one maps m of clusters to
+    classes.
 
-    over the injective maps m between clusters and classes. With more clusters than classes the
+    With more clusters than classes the
     surplus clusters match nothing and their items count as wrong; with fewer, the surplus classes
     do. This is the ACC of the clustering literature; the one the C2BIN paper describes in words is
-    :func:`purity`, which is never smaller. One cluster: the share of the largest class. One class:
+    `purity`, which is never smaller. One cluster: the share of the largest class. One class:
     the share of the largest cluster. A single item: 1.
 
     Args:
@@ -160,7 +159,7 @@ def clustering_accuracy(labels: Integers, clusters: Integers) -> float:
         ValueError: An argument is empty or not 1-D, the lengths differ, a cluster is negative, or
             no item is labelled.
 
-    Example:
+    Examples:
         >>> clustering_accuracy([0, 0, 1, 1], [5, 5, 2, 2])
         1.0
         >>> clustering_accuracy([0, 0, 1, 1], [0, 0, 1, 2])
@@ -177,12 +176,12 @@ def clustering_accuracy(labels: Integers, clusters: Integers) -> float:
 
 
 def purity(labels: Integers, clusters: Integers) -> float:
-    r"""Accuracy when every cluster stands for its dominant class (the C2BIN paper's "ACC").
+    """Accuracy when every cluster stands for its dominant class (the C2BIN paper's "ACC").
 
-    .. math:: \mathrm{purity} = \frac1n \sum_k \max_y \, |\{ i : c_i = k,\; y_i = y \}|
+    Formula: `purity = (1/n) Σ_k max_y |{i : c_i = k, y_i = y}|`.
 
     Several clusters may stand for one class, so purity grows with the number of clusters and is 1
-    for one item per cluster: compare it at equal K only. Never below :func:`clustering_accuracy`.
+    for one item per cluster: compare it at equal K only. Never below `clustering_accuracy`.
     One cluster: the share of the largest class. One class: 1. A single item: 1.
 
     Args:
@@ -197,7 +196,7 @@ def purity(labels: Integers, clusters: Integers) -> float:
         ValueError: An argument is empty or not 1-D, the lengths differ, a cluster is negative, or
             no item is labelled.
 
-    Example:
+    Examples:
         >>> purity([0, 0, 1, 1], [0, 0, 1, 2])
         1.0
         >>> purity([0, 0, 1, 1], [3, 3, 3, 3])
@@ -212,12 +211,12 @@ def purity(labels: Integers, clusters: Integers) -> float:
 
 
 def clusters_in_use(clusters: Integers) -> int:
-    r"""Count the clusters that hold at least one item.
+    """Count the clusters that hold at least one item.
 
-    .. math:: |\{ c_i : i = 1 \dots n \}|
+    Formula: `|{c_i : i = 1 … n}|`.
 
     A collapse shows here late: a cluster with one stray item counts like any other. Read it beside
-    :func:`effective_clusters`.
+    `effective_clusters`.
 
     Args:
         clusters: Shape (n,), integers >= 0: the cluster of each item.
@@ -226,10 +225,10 @@ def clusters_in_use(clusters: Integers) -> int:
         An int in [1, n].
 
     Raises:
-        TypeError: ``clusters`` does not hold integers.
-        ValueError: ``clusters`` is empty, not 1-D, or has a negative entry.
+        TypeError: `clusters` does not hold integers.
+        ValueError: `clusters` is empty, not 1-D, or has a negative entry.
 
-    Example:
+    Examples:
         >>> clusters_in_use([0, 7, 7, 0])
         2
 
@@ -240,13 +239,12 @@ def clusters_in_use(clusters: Integers) -> int:
 
 
 def effective_clusters(assignments: Tensor) -> float:
-    r"""Count the equally large clusters that have the entropy of the mean assignment.
+    """Count the equally large clusters that have the entropy of the mean assignment.
 
-    .. math:: \exp H(\hat s), \quad \hat s_k = \frac1n \sum_i P_{ik}, \quad
-              H(\hat s) = -\sum_k \hat s_k \log \hat s_k
+    Formula: `exp H(ŝ)` with `ŝ_k = (1/n) Σ_i P[i, k]` and `H(ŝ) = −Σ_k ŝ_k log ŝ_k`.
 
     K when the clusters are balanced, 1 when all mass is in one (and always 1 for K = 1); an empty
-    cluster adds nothing. Computed in float64. The entropy regularizer of Eq. 5 is ``log K`` minus
+    cluster adds nothing. Computed in float64. The entropy regularizer of Eq. 5 is `log K` minus
     the log of this number.
 
     Args:
@@ -256,11 +254,11 @@ def effective_clusters(assignments: Tensor) -> float:
         A float in [1, K].
 
     Raises:
-        TypeError: ``assignments`` is not a floating point torch tensor.
-        ValueError: ``assignments`` is not 2-D, is empty, has a negative or non-finite entry, or has
+        TypeError: `assignments` is not a floating point torch tensor.
+        ValueError: `assignments` is not 2-D, is empty, has a negative or non-finite entry, or has
             a row that does not sum to 1 (logits, most likely).
 
-    Example:
+    Examples:
         >>> round(effective_clusters(torch.eye(4)), 4)
         4.0
         >>> round(effective_clusters(torch.tensor([[0.9, 0.1], [0.9, 0.1]])), 4)
@@ -289,11 +287,11 @@ def effective_clusters(assignments: Tensor) -> float:
 
 
 def agreement(assignments0: Tensor, assignments1: Tensor) -> float:
-    r"""Share of instances whose most probable cluster is the same in both views.
+    """Share of instances whose most probable cluster is the same in both views.
 
-    .. math:: \frac1n \sum_i \mathbb{1}[\, \arg\max_k P'_{ik} = \arg\max_k P''_{ik} \,]
+    Formula: `(1/n) Σ_i 1[argmax_k P'[i, k] = argmax_k P''[i, k]]`.
 
-    1 for a collapsed head too: read it beside :func:`effective_clusters`. Equal entries: the lowest
+    1 for a collapsed head too: read it beside `effective_clusters`. Equal entries: the lowest
     cluster index wins. Logits give the same value as their softmax. K = 1: always 1.
 
     Args:
@@ -308,7 +306,7 @@ def agreement(assignments0: Tensor, assignments1: Tensor) -> float:
         ValueError: An argument is not 2-D, is empty or has a non-finite entry, or the shapes
             differ.
 
-    Example:
+    Examples:
         >>> view0 = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
         >>> view1 = torch.tensor([[0.6, 0.4], [0.7, 0.3]])
         >>> agreement(view0, view1)
@@ -337,12 +335,12 @@ def knn_accuracy(
     k: int,
     temperature: float,
 ) -> float:
-    r"""Accuracy of the weighted k-nearest-neighbour classifier on frozen features.
+    """Accuracy of the weighted k-nearest-neighbour classifier on frozen features.
 
-    .. math:: \hat y = \arg\max_y \sum_{j \in N_k} \exp( s_j / T )\, \mathbb{1}[\, y_j = y \,],
-              \quad s_j = \cos(f, f_j)
+    Formula: `ŷ = argmax_y Σ_{j ∈ N_k} exp(s_j / T) 1[y_j = y]` with `s_j = cos(f, f_j)` and `N_k`
+    the k items of the bank nearest to the query f.
 
-    with :math:`N_k` the k items of the bank nearest to the query f. Bank items tied for the last
+    Bank items tied for the last
     places share them equally; classes with equal votes: the lowest label wins. Hence the largest
     class of the bank is predicted when all features are equal. One class in the bank: the share of
     that class among the queries. Query classes that the bank lacks count as wrong.
@@ -360,13 +358,13 @@ def knn_accuracy(
         A float in [0, 1].
 
     Raises:
-        TypeError: Labels or ``k`` are not integers, features are not floating point arrays, or
-            ``temperature`` is not a number.
+        TypeError: Labels or `k` are not integers, features are not floating point arrays, or
+            `temperature` is not a number.
         ValueError: Wrong rank, empty, mismatched sizes, non-finite features, no labelled item,
-            ``k`` below 1 or above the number of labelled bank items, or ``temperature`` not
+            `k` below 1 or above the number of labelled bank items, or `temperature` not
             positive.
 
-    Example:
+    Examples:
         >>> bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
         >>> queries = torch.tensor([[2.0, 0.1], [0.1, 3.0]])
         >>> knn_accuracy(bank, [4, 4, 7], queries, [4, 7], k=1, temperature=0.07)
@@ -408,9 +406,9 @@ def knn_accuracy(
 
 
 def retrieval_precision(features: Features, labels: Integers, k: int) -> float:
-    r"""Share of an item's k nearest neighbours that have its class, averaged over items.
+    """Share of an item's k nearest neighbours that have its class, averaged over items.
 
-    .. math:: P@k = \frac1n \sum_i \frac1k \sum_{j \in N_k(i)} \mathbb{1}[\, y_j = y_i \,]
+    Formula: `P@k = (1/n) Σ_i (1/k) Σ_{j ∈ N_k(i)} 1[y_j = y_i]`.
 
     Leave-one-out: every item is a query against all others, by cosine similarity. Items tied for
     the last places share them equally, so all features equal gives the value of a random ranking.
@@ -425,12 +423,12 @@ def retrieval_precision(features: Features, labels: Integers, k: int) -> float:
         A float in [0, 1].
 
     Raises:
-        TypeError: ``labels`` or ``k`` are not integers, or ``features`` is not a floating point
+        TypeError: `labels` or `k` are not integers, or `features` is not a floating point
             array.
         ValueError: Wrong rank, empty, mismatched sizes, non-finite features, no labelled item, or
-            ``k`` below 1 or above the number of other labelled items (so always for a single item).
+            `k` below 1 or above the number of other labelled items (so always for a single item).
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
         >>> retrieval_precision(features, [0, 0, 1, 1], k=1)
         1.0
@@ -455,16 +453,15 @@ def retrieval_precision(features: Features, labels: Integers, k: int) -> float:
 
 
 def mean_average_precision(features: Features, labels: Integers) -> float:
-    r"""Mean over items of the average precision of ranking all others by cosine similarity.
+    """Mean over items of the average precision of ranking all others by cosine similarity.
 
-    .. math:: \mathrm{mAP} = \frac{1}{|Q|} \sum_{i \in Q} \frac{1}{|R_i|}
-              \sum_{j \in R_i} \frac{|\{ l \in R_i : s_{il} \ge s_{ij} \}|}
-                                    {|\{ l \ne i : s_{il} \ge s_{ij} \}|}
+    Formula: `mAP = (1/|Q|) Σ_{i ∈ Q} (1/|R_i|) Σ_{j ∈ R_i} hits_ij / rank_ij` with `R_i` the other
+    items of i's class, `hits_ij = |{l ∈ R_i : s_il ≥ s_ij}|`, `rank_ij = |{l ≠ i : s_il ≥ s_ij}|`
+    and Q the items for which R_i is not empty.
 
-    with :math:`R_i` the other items of i's class and Q the items for which there is one: an item
-    alone in its class has nothing to find and is no query, but is ranked for the others. Tied items
-    are ranked together (as in scikit-learn's ``average_precision_score``), so all features equal
-    gives each query its class's share of the others. One class of two or more items: 1.
+    An item alone in its class has nothing to find and is no query, but is ranked for the others.
+    Tied items are ranked together (as in scikit-learn's `average_precision_score`), so all features
+    equal gives each query its class's share of the others. One class of two or more items: 1.
 
     Args:
         features: Shape (n, d), floating point.
@@ -474,11 +471,11 @@ def mean_average_precision(features: Features, labels: Integers) -> float:
         A float in (0, 1].
 
     Raises:
-        TypeError: ``labels`` does not hold integers, or ``features`` is not a floating point array.
+        TypeError: `labels` does not hold integers, or `features` is not a floating point array.
         ValueError: Wrong rank, empty, mismatched sizes, non-finite features, no labelled item, or
             no class with two items (so always for a single item).
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
         >>> mean_average_precision(features, [0, 0, 1, 1])
         1.0
@@ -524,7 +521,7 @@ def _quietly(score: Callable[..., Any], *partitions: npt.NDArray[np.int64]) -> f
 
 
 def _integers(name: str, values: Integers) -> npt.NDArray[np.int64]:
-    """Check that ``values`` is 1-D, non-empty and integer; bring it to the CPU as int64."""
+    """Check that `values` is 1-D, non-empty and integer; bring it to the CPU as int64."""
     expected = f"{name}: expected a 1-D sequence, array or tensor of integers"
     if isinstance(values, Tensor):
         # Before numpy sees it, for numpy has no bfloat16.

@@ -17,8 +17,8 @@ from matplotlib.patches import Patch
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-# Paul Tol's muted scheme, which stays apart for every kind of colour blindness; markers tell more
-# than ten classes.
+# Paul Tol's muted scheme and a grey, which stay apart for every kind of colour blindness and on
+# black and white alike; markers tell more than ten classes apart.
 COLOURS = [
     "#332288",
     "#88CCEE",
@@ -29,7 +29,7 @@ COLOURS = [
     "#44AA99",
     "#999933",
     "#882255",
-    "#000000",
+    "#888888",
 ]
 MARKERS = ["o", "^", "s", "X", "D", "v", "P", "*"]
 LEGEND_CLASSES = 40

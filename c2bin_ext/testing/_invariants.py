@@ -84,7 +84,7 @@ def check_instance_permutation(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_instance_permutation
         >>> check_instance_permutation(BCAContrastiveLoss())
@@ -145,7 +145,7 @@ def check_cluster_relabelling(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> from c2bin_ext.testing import check_cluster_relabelling
         >>> check_cluster_relabelling(ClusterEntropyRegularizer(), kind="assignment")
@@ -206,7 +206,7 @@ def check_view_swap(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_view_swap
         >>> check_view_swap(BCAContrastiveLoss(symmetric=True))
@@ -272,7 +272,7 @@ def check_bounds(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BootstrapAlignmentLoss
         >>> from c2bin_ext.testing import check_bounds
         >>> check_bounds(BootstrapAlignmentLoss(), kind="embedding_pair", lower=0, upper=2)
@@ -345,7 +345,7 @@ def check_value_at_agreement(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> import math
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_value_at_agreement
@@ -414,7 +414,7 @@ def check_value_at_balance(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> from c2bin_ext.testing import check_value_at_balance
         >>> check_value_at_balance(ClusterEntropyRegularizer())
@@ -479,7 +479,7 @@ def check_value_at_collapse(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> import math
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> from c2bin_ext.testing import check_value_at_collapse
@@ -545,7 +545,7 @@ def check_value_at_uniform(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> import math
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_value_at_uniform
@@ -604,7 +604,7 @@ def check_positive_scaling(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BootstrapAlignmentLoss
         >>> from c2bin_ext.testing import check_positive_scaling
         >>> check_positive_scaling(BootstrapAlignmentLoss())
@@ -667,7 +667,7 @@ def check_column_scale(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_column_scale
         >>> check_column_scale(BCAContrastiveLoss(similarity="cosine"))
@@ -729,7 +729,7 @@ def check_monotone_entropy(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> from c2bin_ext.testing import check_monotone_entropy
         >>> check_monotone_entropy(ClusterEntropyRegularizer())
@@ -804,7 +804,7 @@ def check_finite(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_finite
         >>> check_finite(BCAContrastiveLoss())
@@ -871,7 +871,7 @@ def check_gradient(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_gradient
         >>> check_gradient(BCAContrastiveLoss(), max_examples=10)
@@ -955,7 +955,7 @@ def check_no_gradient_to_target(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BootstrapAlignmentLoss
         >>> from c2bin_ext.testing import check_no_gradient_to_target
         >>> check_no_gradient_to_target(BootstrapAlignmentLoss())
@@ -1015,7 +1015,7 @@ def check_dtype(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_dtype
         >>> check_dtype(BCAContrastiveLoss())
@@ -1084,7 +1084,7 @@ def check_lower_precision(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import BCAContrastiveLoss
         >>> from c2bin_ext.testing import check_lower_precision
         >>> check_lower_precision(BCAContrastiveLoss())
@@ -1162,7 +1162,7 @@ def check_additive_over_shards(
         LossRaisedError: the loss raised.
         ValueError: an argument that does not fit.
 
-    Example:
+    Examples:
         >>> from c2bin_ext.functional import cluster_mass
         >>> from c2bin_ext.testing import check_additive_over_shards
         >>> check_additive_over_shards(cluster_mass)

@@ -102,7 +102,7 @@ def search(
         InvariantError: an example has a problem, or the loss differs from call to call.
         LossRaisedError: the loss raised.
 
-    Example:
+    Examples:
         >>> from hypothesis import strategies as st
         >>> from c2bin_ext.testing import assignments, search
         >>> examples = st.fixed_dictionaries({"view": assignments(rows=2, clusters=2)})
@@ -186,7 +186,7 @@ def evaluate(loss: Loss, inputs: Sequence[Tensor]) -> Tensor:
     Raises:
         Exception: inside `search`, whatever the loss raised; `search` makes it a `LossRaisedError`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from c2bin_ext.testing import evaluate
         >>> evaluate(torch.sum, [torch.eye(2)])

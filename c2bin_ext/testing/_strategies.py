@@ -83,7 +83,7 @@ def assignments(
     Raises:
         ValueError: an empty range, K < 2 or an unknown kind.
 
-    Example:
+    Examples:
         >>> from hypothesis import given, settings
         >>> from c2bin_ext.testing import assignments
         >>> @settings(database=None)
@@ -126,7 +126,7 @@ def paired_assignments(
     Raises:
         ValueError: an empty range, K < 2, an unknown kind or relation.
 
-    Example:
+    Examples:
         >>> from hypothesis import given, settings
         >>> from c2bin_ext.testing import paired_assignments
         >>> @settings(database=None)
@@ -177,7 +177,7 @@ def embeddings(
     Raises:
         ValueError: an empty range or an unknown kind.
 
-    Example:
+    Examples:
         >>> from hypothesis import given, settings
         >>> from c2bin_ext.testing import embeddings
         >>> @settings(database=None)
@@ -220,7 +220,7 @@ def paired_embeddings(
     Raises:
         ValueError: an empty range, an unknown kind or relation.
 
-    Example:
+    Examples:
         >>> from hypothesis import given, settings
         >>> from c2bin_ext.testing import paired_embeddings
         >>> @settings(database=None)
@@ -262,7 +262,7 @@ def scales(
     Raises:
         ValueError: K < 2 or an empty range.
 
-    Example:
+    Examples:
         >>> from hypothesis import find, settings
         >>> from c2bin_ext.testing import scales
         >>> find(scales(), lambda found: len(found) == 2, settings=settings(database=None))
@@ -290,7 +290,7 @@ def shards(draw: st.DrawFn, rows: Size = (1, 12), *, max_shards: int = 4) -> tup
     Raises:
         ValueError: an empty range.
 
-    Example:
+    Examples:
         >>> from hypothesis import find, settings
         >>> from c2bin_ext.testing import shards
         >>> find(shards(5), lambda sizes: len(sizes) == 2, settings=settings(database=None))
@@ -319,7 +319,7 @@ def dtypes(*, only: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[torch.d
     Raises:
         ValueError: no dtype.
 
-    Example:
+    Examples:
         >>> from hypothesis import find, settings
         >>> from c2bin_ext.testing import dtypes
         >>> find(dtypes(), lambda dtype: dtype.itemsize < 4, settings=settings(database=None))

@@ -82,7 +82,7 @@ def invariants(kind: Kind) -> tuple[str, ...]:
     Raises:
         ValueError: an unknown kind.
 
-    Example:
+    Examples:
         >>> from c2bin_ext.testing import invariants
         >>> invariants("assignment")[:3]
         ('instance_permutation', 'cluster_relabelling', 'bounds')
@@ -132,7 +132,7 @@ def check_invariants(
         InvariantsError: an invariant does not hold, or the loss raised; has the `report`.
         ValueError: a name or kind that does not exist.
 
-    Example:
+    Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> from c2bin_ext.testing import check_invariants
         >>> check_invariants(ClusterEntropyRegularizer(), "assignment", max_examples=20).passed[:2]

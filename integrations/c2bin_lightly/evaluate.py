@@ -58,7 +58,7 @@ def extract(
     Raises:
         ValueError: If there are no batches.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> batches = [(torch.rand(4, 3, 2, 2), torch.arange(4))]
         >>> extract(nn.Flatten(), batches, device="cpu").features.shape
@@ -100,7 +100,7 @@ def knn_accuracy(
     Raises:
         ValueError: If k < 1.
 
-    Example:
+    Examples:
         >>> bank = Features(torch.eye(2), torch.tensor([0, 1]))
         >>> test = Features(torch.tensor([[2.0, 0.1], [0.1, 3.0]]), torch.tensor([0, 1]))
         >>> knn_accuracy(bank, test, k=1)
@@ -157,7 +157,7 @@ def linear_probe(
     Raises:
         ValueError: If `lrs` is empty.
 
-    Example:
+    Examples:
         >>> both = Features(torch.eye(2).repeat(8, 1), torch.arange(2).repeat(8))
         >>> linear_probe(both, both, lrs=(1.0,)).accuracy
         1.0
@@ -218,7 +218,7 @@ def kmeans(train: Features, test: Features, k: int, restarts: int = 5, seed: int
     Returns:
         Clusters int64 (m,), on the CPU.
 
-    Example:
+    Examples:
         >>> corners = Features(torch.eye(2).repeat(4, 1), torch.arange(2).repeat(4))
         >>> kmeans(corners, corners, k=2).bincount().tolist()
         [4, 4]
@@ -241,7 +241,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> dict[str, float]:
         `nmi`, `acc` (clusters matched one to one with classes), `purity` (each cluster counts for
         its commonest class), `ari`, and `in_use`, the number of clusters that hold an image.
 
-    Example:
+    Examples:
         >>> clustering_scores(torch.tensor([0, 0, 1]), torch.tensor([5, 5, 2]))["acc"]
         1.0
     """

@@ -158,7 +158,7 @@ class SimCLR(_Method):
         temperature: Divides the cosine similarities.
         **optimization: See `Optimization`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
         >>> model = SimCLR(backbone, feature_dim=8, hidden_dim=16)
@@ -257,7 +257,7 @@ class MoCoV2(_Bootstrap):
         follower_schedule: `"constant"`, or `"cosine"` from γ to 1 over the run.
         **optimization: See `Optimization`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
         >>> model = MoCoV2(backbone, feature_dim=8, queue_size=64)
@@ -325,7 +325,7 @@ class BYOL(_Bootstrap):
         follower_schedule: `"constant"`, or `"cosine"` from γ to 1 over the run.
         **optimization: See `Optimization`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
         >>> model = BYOL(backbone, feature_dim=8, hidden_dim=16)
@@ -391,7 +391,7 @@ class C2BIN(BYOL):
         **byol: See `BYOL` (hidden_dim, projection_dim, follower_momentum, follower_schedule) and
             `Optimization`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
         >>> model = C2BIN(backbone, feature_dim=8, num_clusters=(4, 6))

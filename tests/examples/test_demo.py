@@ -150,56 +150,58 @@ class TestResume:
         assert done.returncode == 0, done.stderr
         return out
 
-    @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGKILL"])
-    def test_interrupted_and_resumed_equals_uninterrupted(
-        self, signal_name: str, whole: Path, tmp_path: Path
-    ) -> None:
-        out = tmp_path / "out"
-        command = [sys.executable, str(DEMO), *map(str, TINY), "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    @staticmethod
+    def interrupt(out: Path, after: int, how: signal.Signals) -> tuple[int, str]:
+        """Run until C2BIN is in the middle of the epoch after so many whole ones; then signal."""
         process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, *command[1:]],
-            env=environment,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", SLOW, str(DEMO), *map(str, TINY), "--out", str(out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        waiting = out / "seed0" / "c2bin" / "last.ckpt"
+        middle = out / f"step-in-epoch-{after}"
         deadline = time.monotonic() + 120
-        while not waiting.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not middle.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(getattr(signal, signal_name))
+        process.send_signal(how)
         _, errors = process.communicate(timeout=60)
+        assert middle.exists()
         assert not (out / "seed0" / "c2bin" / "result.json").exists()
-        assert weights(waiting)["epoch"] < 2
-        if signal_name == "SIGINT":
-            assert process.returncode == 130
-            assert "Finished and kept" in errors
-            assert "MoCo v2 (seed 0)" in errors
-            assert "The same command goes on" in errors
-            assert "Traceback" not in errors
+        assert weights(out / "seed0" / "c2bin" / "last.ckpt")["epoch"] == after - 1
+        return process.returncode, errors
+
+    def test_interrupted_and_killed_it_ends_as_if_it_had_not_been(
+        self, whole: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        code, errors = self.interrupt(out, after=1, how=signal.SIGINT)
+        assert code == 130
+        assert "Finished and kept" in errors
+        assert "MoCo v2 (seed 0)" in errors
+        assert "The same command goes on" in errors
+        assert "Traceback" not in errors
         finished = (out / "seed0" / "mocov2" / "result.json").read_bytes()
+
+        code, _ = self.interrupt(out, after=2, how=signal.SIGKILL)
+        assert code == -signal.SIGKILL
 
         done = run_demo(*TINY, "--out", out)
         assert done.returncode == 0, done.stderr
-        assert "C2BIN, seed 0: going on after epoch" in done.stdout
+        assert "C2BIN, seed 0: going on after epoch 2 of 3" in done.stdout
         assert (out / "seed0" / "mocov2" / "result.json").read_bytes() == finished
         for method in ("mocov2", "c2bin"):
             ours, theirs = (weights(o / "seed0" / method / "last.ckpt") for o in (out, whole))
             assert ours["epoch"] == theirs["epoch"] == 2
             for name, tensor in theirs["state_dict"].items():
                 assert torch.equal(ours["state_dict"][name], tensor), name
-        scores = [
-            {
-                k: v
-                for k, v in json.loads((o / "results.json").read_text())["results"]["c2bin"][
-                    "0"
-                ].items()
-                if k in ("linear", "knn5", "clustering")
-            }
+        results = [
+            json.loads((o / "results.json").read_text())["results"]["c2bin"]["0"]
             for o in (out, whole)
         ]
-        assert scores[0] == scores[1]
+        for key in ("linear", "knn5", "clustering"):
+            assert results[0][key] == results[1][key]
+        assert [row["epoch"] for row in results[0]["curve"]] == [1, 2, 3]
 
     def test_the_follower_and_the_queue_are_in_the_checkpoint(self, whole: Path) -> None:
         names = weights(whole / "seed0" / "mocov2" / "last.ckpt")["state_dict"].keys()
@@ -217,18 +219,19 @@ class TestResume:
             assert torch.equal(ours[name], tensor), name
 
 
-# The script, with a pause before every epoch but the first, so that a signal meets it in training.
+# The script, with a pause after the first step of every epoch but the first.
 SLOW = """
-import runpy, sys, time
+import pathlib, runpy, sys, time
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
 import _demo_training
-start = _demo_training.Progress.on_train_epoch_start
-def slow(self, trainer, pl_module):
-    if trainer.current_epoch:
-        time.sleep(1.5)
-    start(self, trainer, pl_module)
-_demo_training.Progress.on_train_epoch_start = slow
+step = _demo_training.Progress.on_train_batch_end
+def slow(self, trainer, pl_module, outputs, batch, batch_idx):
+    step(self, trainer, pl_module, outputs, batch, batch_idx)
+    if self.label == "C2BIN" and trainer.current_epoch and batch_idx == 0:
+        (pathlib.Path(sys.argv[-1]) / f"step-in-epoch-{trainer.current_epoch}").touch()
+        time.sleep(5)
+_demo_training.Progress.on_train_batch_end = slow
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
