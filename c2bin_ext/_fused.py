@@ -1,13 +1,12 @@
 """The two cluster terms with closed-form gradients, for eager training steps.
 
 Autograd of the formulas in `functional` walks several times through every n x K and K x K
-intermediate, and pays the overhead of some forty small kernels a head. Here the forward pass keeps
-one K x K matrix, which the backward pass turns into the gradient of the logits. Values and
-gradients are those of `functional`, which stays the oracle and serves whatever these cannot:
-compilation, `torch.func`, forward-mode derivatives, other similarities, statistics over ranks.
-Each takes that formula as its last argument: with `create_graph=True` (the only case in which
-gradients are enabled inside `backward`) the gradient is autograd's of the formula, so that second
-derivatives are right.
+intermediate, and pays the overhead of some forty small kernels a head. Here the backward pass turns
+the one K x K matrix of exponentials into the gradient of the logits. Values and gradients are those
+of `functional`, whose formulas serve whatever these cannot: compilation, `torch.func`, forward-mode
+derivatives, other similarities, statistics over ranks. Each takes that formula as its last
+argument: with `create_graph=True` (the only case in which gradients are enabled inside `backward`)
+the gradient is autograd's of the formula, so that second derivatives are right.
 """
 
 from __future__ import annotations
@@ -54,11 +53,16 @@ def cosine_contrast(
     temperature: float,
     positive_in_denominator: bool,
     symmetric: bool,
+    floors: tuple[float, float],
     formula: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Eq. 4 with cosine similarity: `functional.bca_contrastive_loss`."""
+    """Eq. 4 with cosine similarity: `functional.bca_contrastive_loss`.
+
+    `floors` are the squared norms, one a view, up to which a column counts as empty.
+    """
     loss: Tensor = _CosineContrast.apply(
-        assignments0, assignments1, temperature, positive_in_denominator, symmetric, formula
+        *(assignments0, assignments1, temperature, positive_in_denominator, symmetric),
+        *(floors, formula),
     )
     return loss
 
@@ -73,8 +77,11 @@ def _differentiate(
     ctx: Any, formula: Callable[..., Tensor], grad: Tensor, *tensors: Tensor
 ) -> list[Tensor | None]:
     needed = ctx.needs_input_grad[: len(tensors)]
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(formula(*tensors), wanted, grad, create_graph=True))
+    # Aliases: one view can be computed from the other, or be the same tensor, and the derivative
+    # by each must not pass through the other.
+    aliases = [tensor.view_as(tensor) for tensor in tensors]
+    wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(formula(*aliases), wanted, grad, create_graph=True))
     return [next(grads) if need else None for need in needed]
 
 
@@ -87,11 +94,12 @@ class _CosineContrast(torch.autograd.Function):
         temperature: float,
         positive_in_denominator: bool,
         symmetric: bool,
+        floors: tuple[float, float],
         formula: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         clusters = assignments0.shape[1]
-        inverse0 = inverse_norm((assignments0 * assignments0).sum(dim=0))
-        inverse1 = inverse_norm((assignments1 * assignments1).sum(dim=0))
+        inverse0 = inverse_norm((assignments0 * assignments0).sum(dim=0), floors[0])
+        inverse1 = inverse_norm((assignments1 * assignments1).sum(dim=0), floors[1])
         unit0, unit1 = assignments0 * inverse0, assignments1 * inverse1
         with without_autocast(assignments0):
             logits = torch.mm(unit0.T, unit1)
@@ -116,7 +124,7 @@ class _CosineContrast(torch.autograd.Function):
         assignments0, assignments1, *saved = ctx.saved_tensors
         unit0, unit1, inverse0, inverse1, exponentials, rows, columns = saved
         if torch.is_grad_enabled():
-            return *_differentiate(ctx, formula, grad, assignments0, assignments1), *[None] * 4
+            return *_differentiate(ctx, formula, grad, assignments0, assignments1), *[None] * 5
         weight = grad / (exponentials.shape[0] * temperature)
         # dL/dS = softmax over rows (and over columns) minus the identity, averaged over clusters.
         if symmetric:
@@ -134,7 +142,7 @@ class _CosineContrast(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad1 = torch.mm(unit0, grad_logits)
                 grad1.sub_(unit1 * (grad1 * unit1).sum(dim=0)).mul_(inverse1)
-        return grad0, grad1, None, None, None, None
+        return grad0, grad1, None, None, None, None, None
 
 
 class _BalanceGap(torch.autograd.Function):
@@ -156,5 +164,6 @@ class _BalanceGap(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_differentiate(ctx, ctx.formula, grad, assignments), None
         slope = torch.addcdiv(log, ratio, ratio + SMALLEST_RATIO)
-        slope.sub_((slope * share).sum()).mul_(grad / total)
+        # Not in place: with batched gradients `grad` has a dimension more than `slope`.
+        slope = (slope - (slope * share).sum()) * (grad / total)
         return slope.expand_as(assignments), None

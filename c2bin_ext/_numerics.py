@@ -18,36 +18,14 @@ SMALLEST_SQUARE = 1e-24
 SMALLEST_RATIO = 1e-36
 SMALLEST_MASS = 1e-12
 
-
-def inverse_norm(squares: Tensor) -> Tensor:
-    """Return 1/sqrt of squared norms, and 0, with gradient 0, where the norm vanishes."""
-    return threshold(squares, SMALLEST_SQUARE, math.inf).rsqrt()
+# autocast knows no meta device, and none of Apple's before torch 2.5.
+_WITHOUT_AUTOCAST = {"meta"} | ({"mps"} if torch.__version__ < "2.5" else set())
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the dtype of their operands."""
     kind = tensor.device.type
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
-
-
-class _UpcastHalf(torch.autograd.Function):
-    # Of a column with a norm of 1e-7, the cosine has a gradient of 1e7: more than float16 holds.
-    # Saturating keeps the direction where a plain cast would hand an infinity to the optimizer.
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(tensor: Tensor) -> Tensor:
-        return tensor.float()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # A sixteenth of the range, so that the gradients of several losses still add up inside it.
-        limit = torch.finfo(ctx.dtype).max / 16
-        return grad.clamp(-limit, limit).to(ctx.dtype)
+    return nullcontext() if kind in _WITHOUT_AUTOCAST else torch.autocast(kind, enabled=False)
 
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +33,18 @@ def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return tuple(
-        (_UpcastHalf.apply(tensor) if tensor.itemsize < 4 else tensor).to(dtype)
-        for tensor in tensors
-    )
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def smallest_square(dtype: torch.dtype) -> float:
+    """Return the largest squared norm that counts as zero in vectors of this dtype.
+
+    Float16 holds gradients of 1 / norm up to 65504 alone. A vector shorter than its smallest
+    normal number, which has few bits of direction left anyway, would send an infinity back.
+    """
+    return max(SMALLEST_SQUARE, torch.finfo(dtype).tiny ** 2)
+
+
+def inverse_norm(squares: Tensor, floor: float = SMALLEST_SQUARE) -> Tensor:
+    """Return 1/sqrt of squared norms, and 0, with gradient 0, where they are at most `floor`."""
+    return threshold(squares, floor, math.inf).rsqrt()

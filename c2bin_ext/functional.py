@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softmax
+from torch.nn.functional import softmax, threshold
 
 from c2bin_ext import _checks, _fused
 from c2bin_ext._numerics import (
@@ -33,6 +33,7 @@ from c2bin_ext._numerics import (
     SMALLEST_RATIO,
     at_least_float32,
     inverse_norm,
+    smallest_square,
     without_autocast,
 )
 from c2bin_ext.distributed import sum_over_ranks, world_size
@@ -74,7 +75,8 @@ def bootstrap_alignment_loss(
     """Cosine distance of predictions from the follower's targets, Eq. 1.
 
     Formula: `L_align = mean_i (1 - ⟨p_i, sg(z_i)⟩ / (‖p_i‖ ‖z_i‖))`, with `sg` the stop-gradient.
-    A zero vector has cosine 0 with everything, and no gradient.
+    A vector whose largest entry is below its dtype's smallest normal number counts as zero: it has
+    cosine 0 with everything, and no gradient.
 
     Args:
         prediction: predictor outputs of the runner for one view, (n, d).
@@ -165,8 +167,8 @@ def bca_contrastive_loss(
         assignments1: the same head's assignments of view 1, (n, K).
         temperature: τ > 0.
         similarity: `"cosine"` divides every column by its norm over the batch, so that the scale
-            of S does not depend on n (a column of norm 1e-12 or less has cosine 0 with everything,
-            and no gradient); `"dot"` is the formula as printed.
+            of S does not depend on n; `"dot"` is the formula as printed. A column of norm 1e-12
+            or less (6e-5 for float16) counts as zero: cosine 0 with everything, and no gradient.
         positive_in_denominator: whether `D(k)` holds k, as in InfoNCE; the printed indicator
             leaves it out, and the loss is then not bounded below.
         symmetric: average the directions view 0 to view 1 and view 1 to view 0; otherwise the
@@ -176,8 +178,8 @@ def bca_contrastive_loss(
 
     Returns:
         A 0-dim loss, float32 (float64 for float64 inputs). It is log K when all columns are
-        alike, and, with `"cosine"` and the positive kept, at least
-        `log(1 + (K - 1) exp(-1/τ))`, reached when columns agree and do not overlap.
+        alike, or log(K - 1) with the positive left out; with `"cosine"` and the positive kept it is
+        at least `log(1 + (K - 1) exp(-1/τ))`, reached when columns agree and do not overlap.
 
     Raises:
         TypeError: not a floating-point tensor, or an option of the wrong type.
@@ -196,11 +198,10 @@ def bca_contrastive_loss(
     _check_assignments("assignments0", assignments0, validate_args)
     _check_assignments("assignments1", assignments1, validate_args)
     _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
-    view0, view1 = at_least_float32(assignments0, assignments1)
     if _spans_ranks(gather_distributed):
-        sums = sum_over_ranks(_contrast_sums(view0, view1, options))
+        sums = sum_over_ranks(_contrast_sums(assignments0, assignments1, options))
         return _contrast_from_sums(iter(sums), options)
-    return _local_contrast(view0, view1, options)
+    return _local_contrast(assignments0, assignments1, options)
 
 
 def cluster_mass(assignments: Tensor) -> Tensor:
@@ -349,10 +350,7 @@ def c2bin_loss(
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
     aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
-    heads = [
-        at_least_float32(*views)
-        for views in _check_heads(assignments, aligned[0][0], validate_args)
-    ]
+    heads = _check_heads(assignments, aligned[0][0], validate_args)
 
     cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
     count: int | Tensor = aligned[0][0].shape[0]
@@ -369,7 +367,7 @@ def c2bin_loss(
             contrasts.append(_contrast_from_sums(totals, options))
     else:
         contrasts = [_local_contrast(view0, view1, options) for view0, view1 in heads]
-        gaps = [_local_balance_gap(view) for views in heads for view in views]
+        gaps = [_local_balance_gap(*at_least_float32(view)) for views in heads for view in views]
 
     alignment = 1 - reduce(torch.add, cosines) / (count * len(cosines))
     contrast = reduce(torch.add, contrasts)
@@ -475,11 +473,14 @@ def _contrast_options(
 
 def _contrast_sums(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> list[Tensor]:
     """Return what Eq. 4 needs of a batch: the Gram matrix C'ᵀC'' and, for cosines, ‖c_k‖²."""
+    floors = smallest_square(view0.dtype), smallest_square(view1.dtype)
+    view0, view1 = at_least_float32(view0, view1)
     with without_autocast(view0):
         gram = view0.T @ view1
     if options.similarity == "dot":
         return [gram]
-    return [gram, (view0 * view0).sum(dim=0), (view1 * view1).sum(dim=0)]
+    squares = (view0 * view0).sum(dim=0), (view1 * view1).sum(dim=0)
+    return [gram, *(threshold(s, floor, 0.0) for s, floor in zip(squares, floors, strict=True))]
 
 
 def _contrast_from_sums(sums: Iterator[Tensor], options: _ContrastOptions) -> Tensor:
@@ -509,12 +510,15 @@ def _local_contrast(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> 
         and options.temperature >= _fused.MIN_TEMPERATURE
         and _fused.usable(view0, view1)
     ):
+        floors = smallest_square(view0.dtype), smallest_square(view1.dtype)
+        view0, view1 = at_least_float32(view0, view1)
         return _fused.cosine_contrast(
             view0,
             view1,
             options.temperature,
             options.positive_in_denominator,
             options.symmetric,
+            floors,
             formula,
         )
     return formula(view0, view1)
@@ -525,7 +529,9 @@ def _balance_gap(mass: Tensor) -> Tensor:
     share = mass / mass.sum().clamp_min(SMALLEST_MASS)
     # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
     ratio = share * share.shape[0]
-    return (share * (ratio + SMALLEST_RATIO).log()).sum().clamp_min(0)
+    gap = (share * (ratio + SMALLEST_RATIO).log()).sum()
+    # Rounding can leave it a little below 0; the derivatives there are those of the formula.
+    return gap + (-gap).clamp_min(0).detach()
 
 
 def _local_balance_gap(assignments: Tensor) -> Tensor:
@@ -537,14 +543,15 @@ def _local_balance_gap(assignments: Tensor) -> Tensor:
     return formula(assignments)
 
 
-def _unit_rows(rows: Tensor) -> Tensor:
+def _unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     # Dividing by the largest entry first keeps squares inside the range of the dtype.
     largest = rows.detach().abs().amax(dim=1, keepdim=True)
-    rows = rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)
+    rows = rows * threshold(largest, torch.finfo(dtype).tiny, torch.inf).reciprocal()
     return rows * inverse_norm((rows * rows).sum(dim=1, keepdim=True))
 
 
 def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
     """Sum of the cosines of Eq. 1 over instances."""
+    dtypes = prediction.dtype, target.dtype
     prediction, target = at_least_float32(prediction, target.detach())
-    return (_unit_rows(prediction) * _unit_rows(target)).sum()
+    return (_unit_rows(prediction, dtypes[0]) * _unit_rows(target, dtypes[1])).sum()

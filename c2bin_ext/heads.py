@@ -98,7 +98,11 @@ class MultiScaleClusterHead(nn.Module):
                 f"{self.in_features}, got shape {tuple(features.shape)}"
             )
         _checks.same_device("features", features, "the head's weight", weight)
+        parameters = [weight] if bias is None else [weight, bias]
+        features, *wide = at_least_float32(features, *parameters)
         with without_autocast(features):
-            if bias is None:
-                return linear(*at_least_float32(features, weight))
-            return linear(*at_least_float32(features, weight, bias))
+            if wide[0].dtype == weight.dtype:
+                # Through the module, so that hooks, pruning and wrappers of it take part.
+                scores: Tensor = self.linear(features)
+                return scores
+            return linear(features, *wide)

@@ -61,7 +61,7 @@ class BootstrapAlignmentLoss(_Loss):
     Source: C2BIN, section 3.2; `functional.bootstrap_alignment_loss`.
     """
 
-    def __init__(self, *, gather_distributed: bool = False, validate_args: bool = False) -> None:
+    def __init__(self, gather_distributed: bool = False, validate_args: bool = False) -> None:
         super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -200,6 +200,7 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
                     bar.update()
                     try:
                         with Image.open(path) as image:
+                            image.load()  # an image that needs no change would stay unread
                             images.append(as_square(image, size))
                         labels.append(label)
                     except PermissionError as error:

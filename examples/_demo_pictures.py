@@ -170,9 +170,8 @@ def clusters(
         members = np.flatnonzero(chosen == cluster)
         members = members[np.argsort(-assignments[members, cluster], kind="stable")]
         common = np.bincount(labels[members], minlength=len(classes))
-        share = (
-            f"{100 * common.max() / len(members):.0f} % {_short(classes[int(common.argmax())], 14)}"
-        )
+        commonest = _short(classes[int(common.argmax())], 14)
+        share = f'{100 * common.max() / len(members):.0f} % "{commonest}"'
         images_word = "image" if len(members) == 1 else "images"
         line[0].set_ylabel(
             f"cluster {cluster}: {len(members)} {images_word}\n{share}",

@@ -848,7 +848,9 @@ class TestObjectiveErrors:
     def test_element_is_not_a_tensor(self, position: int, complains: Any) -> None:
         inputs = list(objective_inputs())
         inputs[position] = (inputs[position][0], [[1.0, 2.0, 3.0]] * 4)
-        with complains(TypeError, ("predictions", "targets")[position], "list", ("tensor", "Tensor")):
+        with complains(
+            TypeError, ("predictions", "targets")[position], "list", ("tensor", "Tensor")
+        ):
             functional.c2bin_loss(*inputs)
 
     def test_head_is_not_a_tensor(self, complains: Any) -> None:

@@ -920,7 +920,7 @@ def test_public_names() -> None:
     ]
     for name in metrics.__all__:
         documentation = getattr(metrics, name).__doc__
-        for part in (".. math::", "Args:", "Returns:", "Raises:", ">>> ", "Source:"):
+        for part in ("Formula: `", "Args:", "Returns:", "Raises:", ">>> ", "Source:"):
             assert part in documentation, (name, part)
 
 

@@ -426,6 +426,21 @@ class TestImages:
         palette.info["transparency"] = b"\0"
         assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
+    def test_images_that_need_no_change_are_read_and_checked_too(self, tmp_path: Path) -> None:
+        from _demo_data import DemoError, from_folder
+
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir()
+            for i in range(3):
+                pixels = np.full((32, 32, 3), 40 * i + 7, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+        images = from_folder(tmp_path, 32, skip_corrupt=False)
+        assert set(torch.cat([images.train, images.test]).unique().tolist()) == {7, 47, 87}
+        whole = (tmp_path / "cat" / "0.png").read_bytes()
+        (tmp_path / "cat" / "0.png").write_bytes(whole[: len(whole) - 30])
+        with pytest.raises(DemoError, match=r"cat/0\.png"):
+            from_folder(tmp_path, 32, skip_corrupt=False)
+
     def test_split_is_stratified_and_leaves_every_class_on_both_sides(self) -> None:
         from _demo_data import held_out
 

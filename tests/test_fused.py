@@ -1,0 +1,175 @@
+"""Closed-form gradients against autograd of the formulas, where sharing and options differ."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from c2bin_ext import C2BINLoss, MultiScaleClusterHead, _fused, functional
+
+# Loading forward-mode derivatives, torch warns of what it uses itself.
+loads_forward_mode = pytest.mark.filterwarnings("ignore:`?torch.jit.script")
+
+OPTIONS = [
+    {"positive_in_denominator": positive, "symmetric": symmetric, "temperature": temperature}
+    for positive, symmetric, temperature in itertools.product(
+        (True, False), (True, False), (1 / 30, 0.5, 1.0)
+    )
+]
+
+
+@pytest.fixture
+def formulas(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without the fused path: autograd of the formulas alone."""
+    monkeypatch.setattr(_fused, "usable", lambda *_: False)
+    return monkeypatch
+
+
+def views(n: int = 9, k: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n + k)
+    first, second = (3 * torch.randn(2, n, k, generator=generator, dtype=dtype)).softmax(dim=2)
+    return first.requires_grad_(), second.requires_grad_()
+
+
+def gradients(loss: Any, inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_contrast_is_the_formula(options: dict[str, Any], formulas: pytest.MonkeyPatch) -> None:
+    inputs = views()
+    expected = functional.bca_contrastive_loss(*inputs, **options)
+    expected_grads = gradients(3 * expected, inputs)
+    formulas.undo()
+    value = functional.bca_contrastive_loss(*inputs, **options)
+    assert value.grad_fn is not None
+    assert "CosineContrast" in value.grad_fn.name()
+    torch.testing.assert_close(value, expected)
+    for upstream in (False, True):
+        found = gradients(3 * functional.bca_contrastive_loss(*inputs, **options), inputs,
+                          create_graph=upstream)  # fmt: skip
+        torch.testing.assert_close(found, expected_grads)
+
+
+def test_balance_is_the_formula(formulas: pytest.MonkeyPatch) -> None:
+    first, _ = views()
+    expected = functional.cluster_entropy_regularizer(first)
+    (expected_grad,) = gradients(3 * expected, first)
+    formulas.undo()
+    value = functional.cluster_entropy_regularizer(first)
+    assert value.grad_fn is not None
+    assert "BalanceGap" in value.grad_fn.name()
+    torch.testing.assert_close(value, expected)
+    for upstream in (False, True):
+        (found,) = gradients(
+            3 * functional.cluster_entropy_regularizer(first), first, create_graph=upstream
+        )
+        torch.testing.assert_close(found, expected_grad)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("shared", ["same", "computed", "twice"])
+def test_one_view_made_from_the_other(shared: str, create_graph: bool) -> None:
+    first, _ = views()
+    second = {"same": lambda x: x, "computed": lambda x: x.flip(0), "twice": lambda x: x * 1}
+
+    def loss(x: Tensor) -> Tensor:
+        return functional.bca_contrastive_loss(x, second[shared](x))
+
+    (found,) = gradients(loss(first), first, create_graph=create_graph)
+    step = 1e-6
+    for i, k in ((0, 0), (3, 2), (8, 3)):
+        moved = torch.zeros_like(first)
+        moved[i, k] = step
+        with torch.no_grad():
+            expected = (loss(first + moved) - loss(first - moved)) / (2 * step)
+        assert abs(found[i, k] - expected) < 1e-8
+    assert torch.autograd.gradgradcheck(loss, first)
+
+
+def test_hooks_run_once_with_create_graph() -> None:
+    for call in (functional.cluster_entropy_regularizer, functional.cluster_mass):
+        first, _ = views()
+        hooked = first * 1
+        calls: list[Tensor] = []
+        hooked.register_hook(calls.append)
+        gradients(call(hooked).sum(), first, create_graph=True)
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_view_without_gradient(side: int, create_graph: bool) -> None:
+    inputs = views()
+    expected = gradients(functional.bca_contrastive_loss(*inputs), inputs)[side]
+    one = [x if i == side else x.detach() for i, x in enumerate(inputs)]
+    loss = functional.bca_contrastive_loss(*one)
+    (found,) = gradients(2 * loss, inputs[side], create_graph=create_graph)
+    torch.testing.assert_close(found, 2 * expected)
+
+
+def test_batched_gradients() -> None:
+    first, second = views()
+    upstream = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    for loss in (
+        functional.bca_contrastive_loss(first, second),
+        functional.cluster_entropy_regularizer(first),
+    ):
+        (single,) = gradients(loss, first, retain_graph=True)
+        (batched,) = gradients(loss, first, grad_outputs=upstream, is_grads_batched=True)
+        torch.testing.assert_close(batched, upstream[:, None, None] * single)
+
+
+@loads_forward_mode
+def test_second_derivative_near_balance_is_not_lost() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        view = (1e-5 * torch.randn(8, 3)).softmax(dim=1)
+        hessian = torch.func.hessian(functional.cluster_entropy_regularizer)(view)
+        assert hessian.abs().max() > 0.01
+
+
+@loads_forward_mode
+def test_forward_mode_of_half_inputs() -> None:
+    first, second = (view.detach().half() for view in views())
+    for call in (functional.bca_contrastive_loss, functional.bootstrap_alignment_loss):
+        _, slope = torch.func.jvp(lambda x, call=call: call(x, second), (first,), (second,))
+        assert torch.isfinite(slope)
+
+
+def test_scaler_sees_overflow() -> None:
+    """A gradient that float16 cannot hold has to reach GradScaler as inf: it lowers the scale."""
+    prediction = torch.randn(2, 8).half().requires_grad_()
+    loss = functional.bootstrap_alignment_loss(prediction, torch.randn(2, 8).half())
+    (gradient,) = gradients(loss * 2.0**24, prediction)
+    assert not torch.isfinite(gradient).all()
+
+
+class Doubled(nn.Linear):
+    """A wrapper such as those of adapters and pruning: its forward is not its weight alone."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * super().forward(features)
+
+
+def test_head_calls_its_linear() -> None:
+    head, features = MultiScaleClusterHead(4, (2, 3)), torch.randn(5, 4)
+    expected = head.logits(features)
+    wrapped = Doubled(4, 5)
+    wrapped.load_state_dict(head.linear.state_dict())
+    head.linear = wrapped
+    for found, single in zip(head.logits(features), expected, strict=True):
+        torch.testing.assert_close(found, 2 * single)
+
+
+def test_pruned_head_trains() -> None:
+    head = MultiScaleClusterHead(4, (2, 3))
+    prune.l1_unstructured(head.linear, "weight", amount=0.5)
+    criterion, x = C2BINLoss(), torch.randn(6, 4)
+    for _ in range(2):
+        criterion((x, x), (x, x), (head(x), head(x))).loss.backward()
