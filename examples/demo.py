@@ -13,6 +13,7 @@ Ctrl-C at any time: the same command goes on where it stopped and ends with the 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from c2bin_ext import C2BINLoss
 from c2bin_ext.metrics import effective_clusters
 
 # What is not in these two tables is the same for all, and nothing here was tuned on the demo's
@@ -92,6 +94,7 @@ class Run:
             more["queue_size"] = queue_size(len(self.images.train))
         if method == "c2bin":
             more["num_clusters"] = tuple(self.args.num_clusters)
+            more["loss"] = C2BINLoss(**self.args.loss)
         lr = LR_PER_IMAGE * self.args.batch_size
         return kind(net, features, lr=lr, **OPTIMIZATION, **options, **more)
 
@@ -284,6 +287,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of C2BIN's heads (default: 32 64 128)",
     )
     add(
+        "--loss",
+        nargs="+",
+        metavar="OPTION=VALUE",
+        default=[],
+        help="options of C2BINLoss, such as similarity=dot symmetric=False",
+    )
+    add(
         "--seeds",
         type=int,
         nargs="+",
@@ -324,6 +334,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+    try:
+        args.loss = dict(map(option_of, args.loss))
+        C2BINLoss(**args.loss)
+    except (TypeError, ValueError) as error:
+        parser.error(f"--loss: {error}")
     if min(args.num_clusters) < 2:
         parser.error(f"--num-clusters must each be at least 2, got {min(args.num_clusters)}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -344,9 +359,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def option_of(text: str) -> tuple[str, Any]:
+    """Return name and value of OPTION=VALUE; what is no number or bool stays a string."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"expected OPTION=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
 def settings_of(args: argparse.Namespace, images: Images) -> dict[str, Any]:
     """Return all that decides a method's numbers; methods and seeds can be added to an --out."""
-    names = ("dataset", "backbone", "epochs", "batch_size", "num_clusters", "accelerator")
+    names = ("dataset", "backbone", "epochs", "batch_size", "num_clusters", "loss", "accelerator")
     settings = {name: getattr(args, name) for name in (*names, "devices", "precision")}
     settings |= {"source": images.source, "image_size": images.size}
     settings |= {"images": [len(images.train), len(images.test)], "pixels": images.fingerprint()}
