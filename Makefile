@@ -49,5 +49,10 @@ examples: setup  ## every example, at a size that only shows that it runs
 benchmark: setup  ## cost of the losses against the softmax-and-matmul floor
 	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results
 
-clean:
-	rm -rf $(VENV) build site
+mutation: setup  ## mutation testing of the core with the fast tests (minutes to an hour)
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'
+	HYPOTHESIS_PROFILE=mutation $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build mutants site

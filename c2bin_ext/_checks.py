@@ -17,6 +17,7 @@ from c2bin_ext._numerics import at_least_float32
 
 # A softmax in bfloat16 has rows that sum to 1 within about 0.004, and may have been cast since.
 ROW_SUM_TOLERANCE = 1e-2
+_LARGEST = sys.float_info.max
 SIMILARITIES = ("cosine", "dot")
 REDUCTIONS = ("mean", "sum")
 
@@ -27,7 +28,7 @@ def finite_number(name: str, value: float, *, above: float | None = None) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
     # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
-    if not (value >= 0 if above is None else value > above) or value > sys.float_info.max:
+    if not (value >= 0 if above is None else value > above) or value > _LARGEST:
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return float(value)
 

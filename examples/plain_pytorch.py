@@ -1,4 +1,4 @@
-"""C2BIN on your own backbone, without a framework: python examples/plain_pytorch.py"""
+"""C2BIN on your own backbone, no framework; pip install "c2bin-ext[eval]" for data and scores."""
 
 import argparse
 

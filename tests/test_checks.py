@@ -197,3 +197,52 @@ def test_tolerance_of_row_sums(scale: float, fails: bool) -> None:
         "assignments: expected rows that sum to 1 (softmax over clusters), "
         f"got {scale:.6g} in row 1"
     )
+
+
+def pairs_of(wrong: int, place: int, tensor: torch.Tensor) -> dict[str, Any]:
+    """The arguments of the objective with one tensor exchanged."""
+    x, heads = torch.eye(2), (torch.eye(2), torch.ones(2, 3) / 3)
+    given = [[x, x], [x, x], [list(heads), list(heads)]]
+    if wrong < 2:
+        given[wrong][place] = tensor
+    else:
+        given[2][place][1] = tensor  # type: ignore[call-overload]
+    return dict(zip(("predictions", "targets", "assignments"), given, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place", "shape", "message"),
+    [
+        (0, 0, (2, 3), "targets[1]: expected shape (2, 3) as predictions[0] has, got shape (2, 2)"),
+        (0, 1, (2, 3), "targets[0]: expected shape (2, 3) as predictions[1] has, got shape (2, 2)"),
+        (1, 0, (3, 2), "targets[0]: expected shape (2, 2) as predictions[1] has, got shape (3, 2)"),
+        (2, 1, (2, 4), "assignments[1][1]: expected shape (2, 3) as assignments[0][1] has, "
+         "got shape (2, 4)"),
+        (2, 0, (2, 4), "assignments[1][1]: expected shape (2, 4) as assignments[0][1] has, "
+         "got shape (2, 3)"),
+    ],
+)  # fmt: skip
+def test_which_tensor_of_the_objective(
+    wrong: int, place: int, shape: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match="expected shape") as caught:
+        objective(**pairs_of(wrong, place, torch.ones(shape)))
+    assert str(caught.value) == message
+
+
+def test_widths_of_the_two_predictions() -> None:
+    x, y = torch.ones(2, 2), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="predictions") as caught:
+        objective(predictions=(x, y), targets=(y, x))
+    assert str(caught.value) == (
+        "predictions[1]: expected shape (2, 2) as predictions[0] has, got shape (2, 3)"
+    )
+
+
+def test_heads_on_another_device() -> None:
+    heads = (torch.ones(2, 2, device="meta"),)
+    with pytest.raises(ValueError, match="device") as caught:
+        objective(assignments=(heads, heads))
+    assert str(caught.value) == (
+        "assignments[0][0]: expected device cpu as predictions[0] has, got device meta"
+    )

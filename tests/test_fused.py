@@ -173,3 +173,19 @@ def test_pruned_head_trains() -> None:
     criterion, x = C2BINLoss(), torch.randn(6, 4)
     for _ in range(2):
         criterion((x, x), (x, x), (head(x), head(x))).loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_balance_formula_of_empty_clusters_and_near_balance(
+    dtype: torch.dtype, formulas: pytest.MonkeyPatch
+) -> None:
+    empty = torch.zeros(4, 3, dtype=dtype)
+    empty[:, 0] = 1
+    empty.requires_grad_()
+    value = functional.cluster_entropy_regularizer(empty)
+    torch.testing.assert_close(value, torch.tensor(3.0, dtype=dtype).log())
+    assert torch.isfinite(gradients(value, empty)[0]).all()
+    for seed in range(50):
+        torch.manual_seed(seed)
+        near = (1e-4 * torch.randn(64, 7, dtype=dtype)).softmax(dim=1)
+        assert functional.cluster_entropy_regularizer(near) >= 0
