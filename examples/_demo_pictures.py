@@ -66,7 +66,9 @@ def curves(path: Path, by_method: dict[str, list[dict[str, float]]]) -> None:
             label=name,
         )
     axis.set(title="kNN, k = 5, while training", xlabel="epoch", ylabel="test accuracy in %")
-    axis.legend(fontsize=8)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low - 0.25 * (high - low), high)  # room for the legend below the curves
+    axis.legend(fontsize=8, loc="lower center", ncols=2)
     for i, (name, curve) in enumerate(by_method.items()):
         axis = next(free)
         axis.plot(
