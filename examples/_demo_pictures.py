@@ -134,6 +134,10 @@ def tsne(
     figure, axes = plt.subplots(1, len(features), figsize=(3.4 * len(features), 4.3), squeeze=False)
     for axis, (name, rows) in zip(axes.flat, features.items(), strict=True):
         rows = rows[keep] / np.linalg.norm(rows[keep], axis=1, keepdims=True).clip(1e-12)
+        axis.set(title=name, xticks=[], yticks=[])
+        if np.ptp(rows, axis=0).max() < 1e-6:
+            axis.text(0.5, 0.5, "collapsed:\nall features are equal", ha="center", va="center")
+            continue
         perplexity = min(30.0, (len(rows) - 1) / 3)
         points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
         for label in range(len(classes)):
@@ -142,7 +146,6 @@ def tsne(
             axis.scatter(
                 chosen[:, 0], chosen[:, 1], s=14, c=colour, marker=marker, alpha=0.8, linewidths=0
             )
-        axis.set(title=name, xticks=[], yticks=[])
     figure.subplots_adjust(left=0.01, right=0.99, wspace=0.04)
     _class_legend(figure, classes, markers=True, top=0.92)
     figure.savefig(path, dpi=130)

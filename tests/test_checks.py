@@ -246,3 +246,26 @@ def test_heads_on_another_device() -> None:
     assert str(caught.value) == (
         "assignments[0][0]: expected device cpu as predictions[0] has, got device meta"
     )
+
+
+X, HEADS = torch.eye(2), ((torch.eye(2),),) * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (functional.bootstrap_alignment_loss, ["gather_distributed", "validate_args"]),
+        (functional.bca_contrastive_loss,
+         ["positive_in_denominator", "symmetric", "gather_distributed", "validate_args"]),
+        (lambda x, _, **more: functional.cluster_entropy_regularizer(x, **more),
+         ["gather_distributed", "validate_args"]),
+        (lambda x, _, **more: functional.c2bin_loss((x, x), (x, x), HEADS, **more),
+         ["positive_in_denominator", "symmetric", "symmetric_alignment", "gather_distributed",
+          "validate_args"]),
+    ],
+)  # fmt: skip
+def test_flags_of_functions(call: Any, names: list[str]) -> None:
+    for name in names:
+        with pytest.raises(TypeError) as caught:
+            call(X, X, **{name: 1})
+        assert str(caught.value) == f"{name}: expected True or False, got 1 of type int"

@@ -189,3 +189,38 @@ def test_balance_formula_of_empty_clusters_and_near_balance(
         torch.manual_seed(seed)
         near = (1e-4 * torch.randn(64, 7, dtype=dtype)).softmax(dim=1)
         assert functional.cluster_entropy_regularizer(near) >= 0
+
+
+@pytest.mark.parametrize("symmetric_alignment", [True, False])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_losses_from_sums_over_ranks(
+    similarity: str, symmetric_alignment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks with the same shard: the sums double, and the batch is the shard twice over."""
+    (first, second), (third, fourth) = views(9, 4), views(9, 3)
+    x, y, z, w = torch.randn(4, 9, 5, dtype=torch.float64)
+    shard = ((x, y), (z, w), ((first, third), (second, fourth)))
+
+    def twice(tree: Any) -> Any:
+        return torch.cat([tree, tree]) if isinstance(tree, Tensor) else tuple(map(twice, tree))
+
+    options: dict[str, Any] = {"similarity": similarity, "reduction": "sum"}
+    calls = [
+        lambda given, **more: functional.c2bin_loss(
+            *given, **options, symmetric_alignment=symmetric_alignment, **more
+        ),
+        lambda given, **more: functional.bca_contrastive_loss(
+            given[2][0][0], given[2][1][0], similarity=similarity, **more
+        ),
+        lambda given, **more: functional.cluster_entropy_regularizer(
+            given[2][0][0], reduction="sum", **more
+        ),
+        lambda given, **more: functional.bootstrap_alignment_loss(given[0][0], given[1][0], **more),
+    ]
+    expected = [call(twice(shard)) for call in calls]
+    local = [call(shard) for call in calls]
+    monkeypatch.setattr(functional, "world_size", lambda: 2)
+    monkeypatch.setattr(functional, "sum_over_ranks", lambda sums: [2 * part for part in sums])
+    for call, value, alone in zip(calls, expected, local, strict=True):
+        torch.testing.assert_close(call(shard, gather_distributed=True), value)
+        torch.testing.assert_close(call(shard), alone)

@@ -536,3 +536,12 @@ class TestArguments:
         shown = capsys.readouterr().out
         for option in ("--data", "--dataset", "--seeds", "--devices", "--overwrite", "--smoke"):
             assert option in shown
+
+
+def test_collapsed_features_are_drawn_as_such(tmp_path: Path) -> None:
+    import _demo_pictures as pictures
+
+    rng = np.random.default_rng(0)
+    features = {"sound": rng.normal(size=(12, 4)), "collapsed": np.ones((12, 4))}
+    pictures.tsne(tmp_path / "tsne.png", features, np.arange(12) % 2, ["a", "b"], seed=0)
+    assert (tmp_path / "tsne.png").stat().st_size > 1000
