@@ -216,6 +216,8 @@ def fit(
         persistent_workers=workers > 0,
         pin_memory=accelerator == "gpu",
         prefetch_factor=4 if workers else None,
+        # A fork beside the threads of a process group can inherit a lock that nobody gives back.
+        multiprocessing_context="spawn" if workers and devices > 1 else None,
         worker_init_fn=ignore_interrupt,
     )
     try:

@@ -355,7 +355,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.methods = [method for method in METHODS if method in args.methods]
     if args.workers is None:
         cores = (os.cpu_count() or 1) // args.devices
-        args.workers = min(8, max(1, cores - 1 if args.accelerator == "gpu" else cores // 2))
+        spare = cores - 1 if args.accelerator == "gpu" else cores // 2
+        args.workers = min(8, max(0 if args.devices > 1 else 1, spare))
     return args
 
 
