@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead, _fused, functional
@@ -18,7 +19,7 @@ loads_forward_mode = pytest.mark.filterwarnings("ignore:`?torch.jit.script")
 OPTIONS = [
     {"positive_in_denominator": positive, "symmetric": symmetric, "temperature": temperature}
     for positive, symmetric, temperature in itertools.product(
-        (True, False), (True, False), (1 / 30, 0.5, 1.0)
+        (True, False), (True, False), (1 / 30, 0.5, 1.0, 2.0)
     )
 ]
 
@@ -224,3 +225,58 @@ def test_losses_from_sums_over_ranks(
     for call, value, alone in zip(calls, expected, local, strict=True):
         torch.testing.assert_close(call(shard, gather_distributed=True), value)
         torch.testing.assert_close(call(shard), alone)
+
+
+@loads_forward_mode
+@pytest.mark.parametrize("side", [0, 1])
+def test_forward_mode_without_functional_transforms(side: int) -> None:
+    inputs = [view.detach() for view in views()]
+    tangent = torch.randn_like(inputs[side])
+    step = 1e-6
+
+    def moved(by: float) -> list[Tensor]:
+        return [x + by * tangent if i == side else x for i, x in enumerate(inputs)]
+
+    calls = [lambda pair: functional.bca_contrastive_loss(*pair)]
+    calls += [lambda pair: functional.cluster_entropy_regularizer(pair[side])]
+    for call in calls:
+        expected = (call(moved(step)) - call(moved(-step))) / (2 * step)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(inputs[side], tangent)
+            value = call([dual if i == side else x for i, x in enumerate(inputs)])
+            found = forward_ad.unpack_dual(value).tangent
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_formula_gives_empty_columns_no_gradient(formulas: pytest.MonkeyPatch) -> None:
+    first, second = (view.detach().clone() for view in views())
+    first[:, 1] = 0
+    first.requires_grad_()
+    (found,) = gradients(functional.bca_contrastive_loss(first, second), first)
+    assert (found[:, 1] == 0).all()
+    assert (found[:, 0] != 0).any()
+
+
+def test_each_view_has_the_floor_of_its_own_dtype() -> None:
+    """A column (or a row) of 1e-6 is empty in float16 and has a direction in float32."""
+    full = torch.full((4, 3), 1 / 3)
+    short = full.clone()
+    short[:, 0] = 1e-6
+    for pair in ((short.half(), full), (full, short.half())):
+        value = functional.bca_contrastive_loss(*pair)
+        emptied = [x.float().where(x > 1e-4, 0) for x in pair]
+        torch.testing.assert_close(value, functional.bca_contrastive_loss(*emptied), rtol=1e-3,
+                                   atol=1e-3)  # fmt: skip
+    for pair in ((short, full.half()), (full.half(), short)):
+        value = functional.bca_contrastive_loss(*pair)
+        torch.testing.assert_close(value, torch.tensor(3.0).log(), rtol=1e-3, atol=1e-3)
+    tiny = torch.full((2, 3), 1e-6)
+    one = torch.ones(2, 3)
+    for pair, expected in (
+        ((tiny.half(), one), 1.0),
+        ((one, tiny.half()), 1.0),
+        ((tiny, one.half()), 0.0),
+        ((one.half(), tiny), 0.0),
+    ):
+        value = functional.bootstrap_alignment_loss(*pair)
+        torch.testing.assert_close(value, torch.tensor(expected), rtol=1e-5, atol=1e-5)
