@@ -1,0 +1,216 @@
+"""Scores of cluster heads over a validation pass, against scikit-learn and plain loops."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from c2bin_ext.monitoring import ClusterMonitor, warn_if_more_clusters_than_images
+
+HEADS = (3, 5)
+IMAGES = 23
+
+
+def data(images: int = IMAGES) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Assignments of two views, both heads, and labels of which some are unknown."""
+    generator = torch.Generator().manual_seed(3)
+    views = []
+    for scale in (3.0, 0.6):
+        views.append(
+            [(scale * torch.randn(images, k, generator=generator)).softmax(dim=1) for k in HEADS]
+        )
+    other = [(0.5 * a + 0.5 * b) for a, b in zip(*views, strict=True)]
+    labels = torch.randint(-1, 4, (images,), generator=generator)
+    return views[0], other, labels
+
+
+def expected(view: list[Tensor], other: list[Tensor], labels: Tensor) -> dict[str, float]:
+    """The scores, transcribed from their definitions."""
+    scores = {}
+    for head, k in enumerate(HEADS):
+        rows = view[head].tolist()
+        clusters = [row.index(max(row)) for row in rows]
+        others = [row.index(max(row)) for row in other[head].tolist()]
+        pairs = [(y, c) for y, c in zip(labels.tolist(), clusters, strict=True) if y >= 0]
+        truth, found = [y for y, _ in pairs], [c for _, c in pairs]
+        table = [[pairs.count((y, c)) for c in range(k)] for y in range(4)]
+        row, column = linear_sum_assignment(table, maximize=True)
+        mean = [sum(row[j] for row in rows) / len(rows) for j in range(k)]
+        result = {
+            "nmi": normalized_mutual_info_score(truth, found),
+            "ari": adjusted_rand_score(truth, found),
+            "acc": sum(table[y][c] for y, c in zip(row, column, strict=True)) / len(pairs),
+            "purity": sum(
+                max(Counter(y for y, c in pairs if c == cluster).values(), default=0)
+                for cluster in range(k)
+            )
+            / len(pairs),
+            "clusters_in_use": len(set(clusters)),
+            "effective_clusters": math.exp(-sum(p * math.log(p) for p in mean)),
+            "agreement": sum(a == b for a, b in zip(clusters, others, strict=True)) / len(rows),
+        }
+        scores.update({f"val_{name}_{head}_of_{k}": value for name, value in result.items()})
+    return scores
+
+
+@pytest.mark.parametrize("batch", [1, 4, IMAGES])
+def test_scores_are_those_of_all_batches_together(batch: int) -> None:
+    view, other, labels = data()
+    monitor = ClusterMonitor(HEADS)
+    for start in range(0, IMAGES, batch):
+        part = slice(start, start + batch)
+        monitor.update([a[part] for a in view], labels[part], [a[part] for a in other])
+    assert monitor.compute() == pytest.approx(expected(view, other, labels), abs=1e-6)
+
+
+def test_reset_forgets() -> None:
+    view, other, labels = data()
+    monitor = ClusterMonitor(HEADS)
+    monitor.update([a.roll(1, dims=1) for a in view], labels)
+    monitor.reset()
+    assert monitor.compute() == {}
+    monitor.update(view, labels, other)
+    assert monitor.compute() == pytest.approx(expected(view, other, labels), abs=1e-6)
+
+
+def test_without_labels_or_a_second_view_their_scores_are_left_out() -> None:
+    view, _, labels = data()
+    monitor = ClusterMonitor(HEADS, prefix="x/")
+    monitor.update(view, torch.full_like(labels, -1))
+    names = {name.split("_")[0] for name in monitor.compute()}
+    assert names == {"x/clusters", "x/effective"}
+    monitor.reset()
+    monitor.update(view, labels)
+    assert not any("agreement" in name for name in monitor.compute())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_agree_and_padding_counts_once(ranks: int, tmp_path: Path) -> None:
+    """23 images pad to 24 over 2 and 3 ranks; the scores are those of the 23."""
+    mp.spawn(_rank, args=(ranks, str(tmp_path)), nprocs=ranks)
+    view, other, labels = data()
+    wanted = expected(view, other, labels)
+    for rank in range(ranks):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert got == pytest.approx(wanted, abs=1e-6)
+
+
+def _rank(rank: int, ranks: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    view, other, labels = data()
+    dataset = TensorDataset(*view, *other, labels)
+    sampler = DistributedSampler(dataset, ranks, rank, shuffle=True, seed=5)
+    # Batches of another size on each rank: the pass, not the batch, is what is scored.
+    loader = DataLoader(dataset, batch_size=2 + rank, sampler=sampler)
+    monitor = ClusterMonitor(HEADS)
+    monitor.reset(loader)
+    for first, second, third, fourth, classes in loader:
+        monitor.update([first, second], classes, [third, fourth])
+    torch.save(monitor.compute(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def one_hot(clusters: list[int], k: int) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(clusters), k).float()
+
+
+def scored(assignments: Tensor, monitor: ClusterMonitor | None = None) -> list[str]:
+    monitor = ClusterMonitor([assignments.shape[1]]) if monitor is None else monitor
+    monitor.reset()
+    monitor.update([assignments], torch.zeros(len(assignments), dtype=torch.long))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor.compute()
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_collapse_onto_few_clusters_is_said() -> None:
+    (message,) = scored(one_hot([4] * 38 + [5] * 2, 40))
+    assert message.startswith("Cluster head 0 of 40 clusters has collapsed: 2 of its clusters")
+
+
+def test_a_collapse_onto_one_cluster_is_said() -> None:
+    messages = scored(one_hot([4] * 40, 40))
+    assert len(messages) == 2  # few clusters, and the same assignment for all
+
+
+def test_a_collapse_onto_uniform_assignments_is_said() -> None:
+    nearly = torch.full((40, 10), 0.1) + 1e-4 * one_hot([i % 10 for i in range(40)], 10)
+    (message,) = scored(nearly / nearly.sum(dim=1, keepdim=True))
+    assert "nearly the same assignment comes out for every image" in message
+
+
+@pytest.mark.parametrize(
+    "clusters", [list(range(10)) * 2, [0] * 8 + [1] * 8 + [2] * 4], ids=["all", "three of ten"]
+)
+def test_a_head_in_use_is_not_complained_of(clusters: list[int]) -> None:
+    assert scored(one_hot(clusters, 10)) == []
+
+
+def test_more_clusters_than_images_is_no_collapse() -> None:
+    assert scored(one_hot([3, 1, 2, 0], 100)) == []
+
+
+def test_a_collapse_is_said_once_until_the_head_recovers() -> None:
+    monitor = ClusterMonitor([40])
+    bad, good = one_hot([4] * 38 + [5] * 2, 40), one_hot(list(range(40)), 40)
+    assert [len(scored(a, monitor)) for a in (bad, bad, good, bad)] == [1, 0, 0, 1]
+
+
+def test_more_clusters_than_images_in_a_batch() -> None:
+    with pytest.warns(UserWarning, match="A head has 65 clusters but a global batch has 64"):
+        warn_if_more_clusters_than_images((65, 8), 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_more_clusters_than_images((64, 8), 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, y: ([a[0]], y), "assignments: expected one tensor per head of shapes"),
+        (lambda a, y: ([a[1], a[0]], y), "assignments: expected one tensor per head of shapes"),
+        (lambda a, y: (a, y[1:]), "assignments: expected one tensor per head of shapes"),
+        (lambda a, y: (a, y, a[:1]), "other_view: expected one tensor per head of shapes"),
+        (lambda a, y: (a, y.float()), "labels: expected integers of shape"),
+        (lambda a, y: (a, y[:, None]), "labels: expected integers of shape"),
+    ],
+)
+def test_wrong_input(change: Any, message: str) -> None:
+    view, _, labels = data()
+    with pytest.raises(ValueError, match=message):
+        ClusterMonitor(HEADS).update(*change(view, labels))
+
+
+def test_a_second_view_now_and_then_is_an_error() -> None:
+    view, other, labels = data()
+    monitor = ClusterMonitor(HEADS)
+    monitor.update(view, labels)
+    with pytest.raises(ValueError, match="other_view: expected for every batch of a pass or for"):
+        monitor.update(view, labels, other)
+
+
+def test_nothing_is_kept_for_the_gradient() -> None:
+    view, _, labels = data()
+    monitor = ClusterMonitor(HEADS)
+    monitor.update([a.requires_grad_() for a in view], labels)
+    assert all(math.isfinite(value) for value in monitor.compute().values())
