@@ -24,12 +24,14 @@ from lightly.models.utils import (
 )
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
-from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead
 from c2bin_ext.functional import cluster_entropy_regularizer
+from c2bin_ext.monitoring import ClusterMonitor, warn_if_more_clusters_than_images
+from c2bin_lightly._epochs import SeededEpochs
 
 
 class Optimization(TypedDict, total=False):
@@ -62,7 +64,7 @@ _DEFAULTS = Optimization(
 )
 
 
-class _Method(LightningModule):
+class _Method(SeededEpochs):
     """What the four methods share: the backbone, the batch contract, logging and optimisation."""
 
     def __init__(
@@ -81,9 +83,9 @@ class _Method(LightningModule):
         ):
             if options[key] not in known:
                 raise ValueError(f"{key} must be one of {known}, got {options[key]!r}")
-        # A module in the hyperparameters would store the weights twice and stop weights_only
-        # loading.
-        self.save_hyperparameters(ignore=["backbone", "projector", "loss"])
+        # A module in the hyperparameters would store the weights twice, and any object but plain
+        # ones stops weights_only loading.
+        self.save_hyperparameters(ignore=["backbone", "projector", "loss", "dataloader_kNN"])
         self.backbone = backbone
         self.optimization = options
 
@@ -107,27 +109,37 @@ class _Method(LightningModule):
         """Take `((view0, view1), ...)`, views (n, channels, height, width); labels are not read."""
         view0, view1 = batch[0]
         losses = self.losses(view0, view1)
+        self.log_losses(losses, len(view0))
+        return losses["loss"]
+
+    def log_losses(self, losses: dict[str, Tensor], batch_size: int) -> None:
+        """Log the means over an epoch, under `train_`; nothing is read before its end."""
         self.log_dict(
             {f"train_{name}": value.detach() for name, value in losses.items()},
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=len(view0),
+            batch_size=batch_size,
         )
-        return losses["loss"]
 
-    def configure_optimizers(self) -> Any:
-        """Return the optimiser of the trainable parameters and its step-wise schedule."""
-        options = self.optimization
+    def learning_rate(self) -> float:
+        """Return the learning rate of the whole global batch."""
+        rate: float = self.optimization["lr"]
+        return rate
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trainable parameters, those without weight decay in a group of their own."""
         decayed, undecayed = (
             [parameter for parameter in group if parameter.requires_grad]
             for group in get_weight_decay_parameters([self])
         )
-        groups: list[dict[str, Any]] = [
-            {"params": decayed},
-            {"params": undecayed, "weight_decay": 0.0},
-        ]
-        common = {"lr": options["lr"], "weight_decay": options["weight_decay"]}
+        return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser of the trainable parameters and its step-wise schedule."""
+        options = self.optimization
+        groups = self.parameter_groups()
+        common = {"lr": self.learning_rate(), "weight_decay": options["weight_decay"]}
         optimizer: torch.optim.Optimizer
         if options["optimizer"] == "adam":
             optimizer = torch.optim.Adam(groups, **common)
@@ -354,10 +366,14 @@ class BYOL(_Bootstrap):
 
     def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
         """Return 1 − cosine, averaged over both directions, under `"loss"`."""
+        return self.objective(*self.branches(view0, view1))
+
+    def branches(
+        self, view0: Tensor, view1: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the runner's features and predictions and the follower's targets, a pair each."""
         features, targets = (self(view0), self(view1)), (self.follow(view0), self.follow(view1))
-        return self.objective(
-            features, tuple(self.predictor(self.projector(f)) for f in features), targets
-        )
+        return features, tuple(self.predictor(self.projector(f)) for f in features), targets
 
     def objective(
         self,
@@ -380,6 +396,12 @@ class C2BIN(BYOL):
     Beside `train_loss` it logs `train_alignment`, `train_contrast`, `train_entropy` and, for each
     head i of K clusters, `train_effective_clusters_i_of_K`: exp of the entropy of the mean
     assignment, between 1 (collapsed) and K.
+
+    Given validation images and labels, `(images, labels, ...)`, it also logs for each head, over
+    all ranks, the scores of `c2bin_ext.monitoring.ClusterMonitor`: `val_nmi_i_of_K`, `val_acc_…`,
+    `val_purity_…`, `val_ari_…`, `val_clusters_in_use_…`, `val_effective_clusters_…` and
+    `val_agreement_…` with the mirrored images. It warns when a head has collapsed. Of several
+    validation loaders the last one counts: lightly puts the bank of its kNN before it.
 
     Args:
         backbone: Any module that maps images (n, channels, height, width) to features that flatten
@@ -411,6 +433,7 @@ class C2BIN(BYOL):
         super().__init__(backbone, feature_dim, **byol)
         self.cluster_head = MultiScaleClusterHead(feature_dim, num_clusters)
         self.criterion = C2BINLoss() if loss is None else loss
+        self.monitor = ClusterMonitor(self.cluster_head.num_clusters)
 
     def assignments(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return each head's soft assignments (n, K) of images (n, channels, height, width)."""
@@ -419,14 +442,44 @@ class C2BIN(BYOL):
 
     def on_train_batch_start(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Say so, once, when a head has more clusters than the global batch has images."""
-        largest, n = max(self.cluster_head.num_clusters), len(batch[0][0]) * self.trainer.world_size
-        if batch_idx == 0 and self.current_epoch == 0 and largest > n:
-            warnings.warn(
-                f"A head has {largest} clusters but a batch has {n} images: most clusters get no "
-                "image in a batch, which makes their contrast noisy. Use a larger batch or fewer "
-                "clusters.",
-                stacklevel=2,
+        if batch_idx == 0 and self.current_epoch == 0 and self.trainer.is_global_zero:
+            warn_if_more_clusters_than_images(
+                self.cluster_head.num_clusters, len(batch[0][0]) * self.trainer.world_size
             )
+
+    def configure_callbacks(self) -> Any:
+        """Add none; keep Lightning from warning that there are no validation images: none are needed.
+
+        It is the one hook that comes before that warning.
+        """
+        warnings.filterwarnings("ignore", message=r".*but have no `val_dataloader`")
+        return super().configure_callbacks()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the scores of a pass through the validation images."""
+        super().on_validation_epoch_start()
+        loaders = CombinedLoader(self.trainer.val_dataloaders).flattened
+        self._watched = len(loaders) - 1
+        self.monitor.reset(loaders[-1])
+
+    def validation_step(
+        self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take `(images, labels, ...)`, images (n, channels, height, width), labels (n,)."""
+        super().validation_step(batch, batch_idx)
+        if dataloader_idx == self._watched:
+            self.watch(batch[0], batch[1], self(batch[0]))
+
+    def watch(self, images: Tensor, labels: Tensor, features: Tensor) -> None:
+        """Count validation images, of which the features are known, in the scores of the heads."""
+        mirrored = self.assignments(images.flip(-1))
+        self.monitor.update(self.cluster_head(features), labels, mirrored)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of each head."""
+        super().on_validation_epoch_end()
+        if not self.trainer.sanity_checking:
+            self.log_dict(self.monitor.compute(), sync_dist=False)
 
     def objective(
         self,

@@ -283,7 +283,7 @@ class TestC2BIN:
         assert expected < 4.999
 
     def test_warns_when_clusters_outnumber_the_batch(self) -> None:
-        with pytest.warns(UserWarning, match="9 clusters but a batch has 8 images"):
+        with pytest.warns(UserWarning, match="9 clusters but a global batch has 8 images"):
             trainer().fit(build(C2BIN, num_clusters=(4, 9)), loader())
 
     def test_is_silent_when_they_do_not(self) -> None:

@@ -1,0 +1,97 @@
+"""Run one of lightly's ImageNet benchmark scripts with C2BIN among its methods."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from c2bin_lightly.benchmark import register
+
+EPILOG = """\
+example:
+  python -m c2bin_lightly lightly/benchmarks/imagenet/resnet50/main.py --methods c2bin byol \\
+      --train-dir imagenet/train --val-dir imagenet/val --epochs 100 --devices 8
+
+What follows SCRIPT is the script's own; SCRIPT --help lists it.
+"""
+
+
+def clusters(text: str) -> tuple[int, ...]:
+    """Return the numbers of clusters in a text such as 32,64,128."""
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 2:
+        raise argparse.ArgumentTypeError(f"each head needs at least 2 clusters, got {text!r}")
+    return numbers
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line up to the script; what follows is left as it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m c2bin_lightly",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--num-clusters",
+        type=clusters,
+        metavar="K,K,...",
+        help="clusters of each head (default: 512,1024,2048, the paper's for ImageNet)",
+    )
+    parser.add_argument(
+        "--no-online-knn",
+        action="store_true",
+        help="no kNN after every epoch, which costs C2BIN a pass over the training images",
+    )
+    parser.add_argument(
+        "script", type=Path, metavar="SCRIPT", help="main.py of a lightly ImageNet benchmark"
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    args = parser.parse_args(argv)
+    if not args.script.is_file():
+        parser.error(f"SCRIPT: there is no file {args.script}")
+    return args
+
+
+def load(script: Path) -> ModuleType:
+    """Import a script that lies beside the modules that it imports."""
+    folder = str(script.resolve().parent)
+    sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"python -m c2bin_lightly: error: {script} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Under its own name, so that loader workers that are spawned find what they are sent.
+    sys.modules[script.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"python -m c2bin_lightly: error: {script} needs {error.name}, which is not installed"
+        ) from error
+    return module
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Register C2BIN with the script's methods, then run its main with its own arguments."""
+    args = parse(argv)
+    script: Any = load(args.script)
+    missing = [name for name in ("METHODS", "main", "parser") if not hasattr(script, name)]
+    if missing or not isinstance(script.METHODS, MutableMapping):
+        raise SystemExit(
+            f"python -m c2bin_lightly: error: {args.script} is no ImageNet benchmark of lightly: "
+            f"it has no {' and no '.join(missing) or 'dict METHODS'}"
+        )
+    options = {} if args.num_clusters is None else {"num_clusters": args.num_clusters}
+    register(script.METHODS, online_knn=not args.no_online_knn, **options)
+    script.main(**vars(script.parser.parse_args(args.arguments)))
+
+
+if __name__ == "__main__":
+    main()

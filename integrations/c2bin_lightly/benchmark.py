@@ -1,0 +1,290 @@
+"""C2BIN, and its baselines, in the form that lightly's benchmarks ask of a method.
+
+lightly has two forms. Its ImageNet scripts (`benchmarks/imagenet/*/main.py` of its git repository)
+build a method from `(batch_size_per_device, num_classes)`: `C2BINResNet50`, `transform` and
+`register`. Its CIFAR-10 benchmark derives from `lightly.utils.benchmarking.BenchmarkModule`, which
+is in the pip package: `SimCLRBenchmark`, `MoCoV2Benchmark`, `BYOLBenchmark`, `C2BINBenchmark`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from lightly.models.utils import get_weight_decay_parameters
+from lightly.transforms.byol_transform import BYOLTransform
+from lightly.utils.benchmarking import BenchmarkModule, KNNClassifier, OnlineLinearClassifier
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.models import resnet50
+
+from c2bin_ext import C2BINLoss
+from c2bin_lightly.methods import BYOL, C2BIN, MoCoV2, SimCLR
+
+__all__ = [
+    "BYOLBenchmark",
+    "C2BINBenchmark",
+    "C2BINResNet50",
+    "MoCoV2Benchmark",
+    "SimCLRBenchmark",
+    "register",
+    "transform",
+]
+
+# The views of lightly's BYOL benchmark. The paper (section 4.2) has those of SimCLR, without the
+# asymmetric blur and the solarisation; the row beside BYOL should differ from it by the clusters
+# alone.
+transform = BYOLTransform()
+
+
+class C2BINResNet50(C2BIN):
+    """C2BIN on ResNet-50 as lightly's ImageNet benchmark trains and evaluates it.
+
+    Backbone, projector, predictor, views, optimiser and momentum are those of that benchmark's
+    BYOL; the clusters and their weights are those of the paper's Table 7. Beside what `C2BIN` logs
+    it logs the metrics of lightly's online linear classifier and, when asked for, of its online
+    kNN.
+
+    Args:
+        batch_size_per_device: Images of a batch on one device; the learning rate is
+            0.45 × global batch / 256.
+        num_classes: Classes of the online classifiers.
+        knn_k: Neighbours of the online kNN; None, for no online kNN, expects one validation loader
+            instead of [bank, validation].
+        knn_t: Temperature of the online kNN.
+        num_clusters: K of each head.
+        loss: The objective, if not that of Table 7. It is not stored in checkpoints.
+
+    Raises:
+        ValueError: One of knn_k and knn_t without the other.
+
+    Examples:
+        >>> model = C2BINResNet50(batch_size_per_device=64, num_classes=10, num_clusters=(8, 16))
+        >>> model.online_classifier.feature_dim
+        2048
+
+    Source: C2BIN, Table 7; lightly, `benchmarks/imagenet/resnet50/byol.py`.
+    """
+
+    def __init__(
+        self,
+        batch_size_per_device: int,
+        num_classes: int,
+        knn_k: int | None = None,
+        knn_t: float | None = None,
+        *,
+        # Table 7. At its batch of 256 the largest head has more clusters than the batch has images.
+        num_clusters: Sequence[int] = (512, 1024, 2048),
+        loss: C2BINLoss | None = None,
+    ) -> None:
+        if (knn_k is None) != (knn_t is None):
+            raise ValueError(
+                f"knn_k and knn_t: expected both or neither, got knn_k={knn_k}, knn_t={knn_t}"
+            )
+        backbone = resnet50()
+        backbone.fc = nn.Identity()
+        super().__init__(
+            backbone,
+            2048,
+            num_clusters=num_clusters,
+            # Table 7. The other options stay at the library's defaults instead of the printed ones,
+            # which collapse: see the page on decisions.
+            loss=C2BINLoss(cluster_weight=1.0, entropy_weight=0.05, temperature=0.2)
+            if loss is None
+            else loss,
+            # Table 7 and lightly's BYOL alike.
+            hidden_dim=4096,
+            # lightly's BYOL; Table 7 does not say.
+            projection_dim=256,
+            # 0.99 in both; the cosine to 1 is lightly's, Table 7 has it constant.
+            follower_momentum=0.99,
+            follower_schedule="cosine",
+            # lightly's BYOL. Table 7 has SGD, learning rate 0.03, a tenth of it from epoch 120 and
+            # again from 160 of 200: steps that fit no other number of epochs, and another optimiser
+            # than the BYOL of the row above. Weight decay and momentum are the same in both.
+            optimizer="lars",
+            lr=0.45,
+            weight_decay=1e-6,
+            momentum=0.9,
+            schedule="cosine",
+            warmup_epochs=10,
+        )
+        self.batch_size_per_device = batch_size_per_device
+        self.online_classifier = OnlineLinearClassifier(feature_dim=2048, num_classes=num_classes)
+        self.knn_classifier: KNNClassifier | None = None
+        if knn_k is not None:
+            self.knn_classifier = KNNClassifier(
+                model=None,
+                num_classes=num_classes,
+                knn_k=knn_k,
+                knn_t=knn_t,
+                train_dataloader_idx=0,
+                val_dataloader_idx=1,
+            )
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """Take `((view0, view1), labels, ...)`; labels reach the online classifier alone."""
+        (view0, view1), labels = batch[0], batch[1]
+        features, predictions, targets = self.branches(view0, view1)
+        losses = self.objective(features, predictions, targets)
+        online_loss, online = self.online_classifier.training_step(
+            (features[0].detach(), labels), batch_idx
+        )
+        self.log_losses(losses, len(labels))
+        self.log_dict(online, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
+        total: Tensor = losses["loss"] + online_loss
+        return total
+
+    def validation_step(
+        self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take `(images, labels, ...)` of the kNN's bank (loader 0) or of the validation images."""
+        images, labels = batch[0], batch[1]
+        features = self(images)
+        scores: dict[str, Tensor] = {}
+        if self.knn_classifier is not None:
+            found = self.knn_classifier.validation_step(
+                (features, labels), batch_idx, dataloader_idx
+            )
+            if dataloader_idx == 0:
+                return
+            scores.update(found)
+        scores.update(self.online_classifier.validation_step((features, labels), batch_idx)[1])
+        self.log_dict(
+            scores,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(labels),
+            add_dataloader_idx=False,
+        )
+        self.watch(images, labels, features)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of each head, and let go of the kNN's bank."""
+        super().on_validation_epoch_end()
+        if self.knn_classifier is not None:
+            self.knn_classifier.reset_storage()
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the global batch: linear in its size, as lightly's BYOL."""
+        return super().learning_rate() * self.batch_size_per_device * self.trainer.world_size / 256
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return C2BIN's groups, and the online classifier's, which has no weight decay."""
+        trained = [
+            module
+            for module in self.children()
+            if module is not self.online_classifier and module is not self.knn_classifier
+        ]
+        decayed, undecayed = (
+            [parameter for parameter in group if parameter.requires_grad]
+            for group in get_weight_decay_parameters(trained)
+        )
+        online = list(self.online_classifier.parameters())
+        return [
+            {"name": "c2bin", "params": decayed},
+            {"name": "c2bin_no_weight_decay", "params": undecayed, "weight_decay": 0.0},
+            {"name": "online_classifier", "params": online, "weight_decay": 0.0},
+        ]
+
+
+def register(
+    methods: MutableMapping[str, dict[str, Any]], *, online_knn: bool = True, **options: Any
+) -> None:
+    """Add C2BIN under the name `"c2bin"` to the methods of one of lightly's ImageNet scripts.
+
+    Args:
+        methods: The script's `METHODS`; changed in place.
+        online_knn: Take the `knn_k` and `knn_t` that the script offers, and have its kNN after
+            every epoch. That costs a pass over the training images; lightly's SimCLR pays it too,
+            its BYOL and MoCo v2 do not.
+        **options: Of `C2BINResNet50`: `num_clusters`, `loss`.
+
+    Raises:
+        TypeError: An unknown option.
+        ValueError: `methods` has a `"c2bin"` already.
+
+    Examples:
+        >>> METHODS = {}
+        >>> register(METHODS, num_clusters=(32, 64, 128))
+        >>> sorted(METHODS["c2bin"])
+        ['model', 'transform']
+    """
+    unknown = sorted(set(options) - {"num_clusters", "loss"})
+    if unknown:
+        raise TypeError(f"register got unknown options {unknown}; known: ['loss', 'num_clusters']")
+    if "c2bin" in methods:
+        raise ValueError("methods: expected no entry 'c2bin', got one: it is registered already")
+
+    # The scripts look at the signature to see whether a method has an online kNN.
+    class WithKNN(C2BINResNet50):
+        def __init__(
+            self, batch_size_per_device: int, num_classes: int, knn_k: int, knn_t: float
+        ) -> None:
+            super().__init__(batch_size_per_device, num_classes, knn_k, knn_t, **options)
+
+    class WithoutKNN(C2BINResNet50):
+        def __init__(self, batch_size_per_device: int, num_classes: int) -> None:
+            super().__init__(batch_size_per_device, num_classes, **options)
+
+    methods["c2bin"] = {"model": WithKNN if online_knn else WithoutKNN, "transform": transform}
+
+
+class _Bank(BenchmarkModule):  # type: ignore[misc]
+    """lightly's BenchmarkModule, constructed without arguments so that it can be a further base."""
+
+    def __init__(self) -> None:
+        super().__init__(dataloader_kNN=None, num_classes=0)
+
+
+class _Benchmark:
+    """What turns a method into a BenchmarkModule; stands before the method among the bases."""
+
+    def __init__(
+        self,
+        dataloader_kNN: DataLoader[Any],  # noqa: N803 - lightly's name
+        num_classes: int,
+        knn_k: int = 200,
+        knn_t: float = 0.1,
+        **method: Any,
+    ) -> None:
+        super().__init__(**method)
+        self.dataloader_kNN = dataloader_kNN
+        self.num_classes = num_classes
+        self.knn_k = knn_k
+        self.knn_t = knn_t
+
+
+class SimCLRBenchmark(_Benchmark, SimCLR, _Bank):
+    """SimCLR as a BenchmarkModule: lightly's kNN accuracy after every epoch, its best kept.
+
+    Args:
+        dataloader_kNN: Batches `(images, labels, names)` of the training images without
+            augmentation, the kNN's bank.
+        num_classes: Classes of the kNN.
+        knn_k: Neighbours, at most as many as the bank has images.
+        knn_t: Temperature of the kNN.
+        **method: Of `SimCLR`; `backbone` and `feature_dim` are required.
+
+    Examples:
+        >>> from torch import nn
+        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+        >>> bank = DataLoader([])
+        >>> SimCLRBenchmark(bank, 10, knn_k=20, backbone=backbone, feature_dim=8).max_accuracy
+        0.0
+    """
+
+
+class MoCoV2Benchmark(_Benchmark, MoCoV2, _Bank):
+    """MoCo v2 as a BenchmarkModule: see `SimCLRBenchmark` and `MoCoV2` for the arguments."""
+
+
+class BYOLBenchmark(_Benchmark, BYOL, _Bank):
+    """BYOL as a BenchmarkModule: see `SimCLRBenchmark` and `BYOL` for the arguments."""
+
+
+class C2BINBenchmark(_Benchmark, C2BIN, _Bank):
+    """C2BIN as a BenchmarkModule: see `SimCLRBenchmark` and `C2BIN` for the arguments.
+
+    Beside `kNN_accuracy` it logs the scores of each head, see `C2BIN`.
+    """
