@@ -12,6 +12,7 @@ the gradient is autograd's of the formula, so that second derivatives are right.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ MIN_TEMPERATURE = 1 / 30
 
 # The public name is younger than torch 2.2, the oldest release served.
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+# Torch releases that lack it switch autocast off every time.
+_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_AS_IT_IS = nullcontext()
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -45,6 +49,11 @@ def usable(*tensors: Tensor) -> bool:
 def _tangent(tensor: Tensor) -> Tensor | None:
     tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
     return tangent
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    # Switching autocast off where it is off already costs more than the product of a small head.
+    return without_autocast(tensor) if _is_any_autocast_enabled() else _AS_IT_IS
 
 
 def cosine_contrast(
@@ -101,11 +110,11 @@ class _CosineContrast(torch.autograd.Function):
         inverse0 = inverse_norm((assignments0 * assignments0).sum(dim=0), floors[0])
         inverse1 = inverse_norm((assignments1 * assignments1).sum(dim=0), floors[1])
         unit0, unit1 = assignments0 * inverse0, assignments1 * inverse1
-        with without_autocast(assignments0):
+        with _full_precision(assignments0):
             logits = torch.mm(unit0.T, unit1)
         if temperature != 1:
             logits.mul_(1 / temperature)
-        positive = logits.diagonal().sum()
+        positive = logits.trace()
         exponentials = logits.exp_()
         if not positive_in_denominator:
             exponentials.fill_diagonal_(0)
@@ -116,7 +125,7 @@ class _CosineContrast(torch.autograd.Function):
             *(exponentials, rows, columns),
         )
         ctx.options = (temperature, symmetric, formula)
-        return ((rows * columns).log_().sum() / 2 - positive) / clusters
+        return (rows * columns).log_().sum().sub_(positive, alpha=2).div_(2 * clusters)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,7 +144,7 @@ class _CosineContrast(torch.autograd.Function):
         grad_logits.diagonal().sub_(weight)
         grad0 = grad1 = None
         # Through the normalisation: the part along the unit column drops out.
-        with without_autocast(unit0):
+        with _full_precision(unit0):
             if ctx.needs_input_grad[0]:
                 grad0 = torch.mm(unit1, grad_logits.T)
                 grad0.sub_(unit0 * (grad0 * unit0).sum(dim=0)).mul_(inverse0)
@@ -151,19 +160,18 @@ class _BalanceGap(torch.autograd.Function):
         mass = assignments.sum(dim=0)
         total = mass.sum().clamp_min_(SMALLEST_MASS)
         share = mass / total
-        ratio = share * share.shape[0]
-        log = (ratio + SMALLEST_RATIO).log_()
-        loss = (share * log).sum().clamp_min_(0)
+        ratio = (share * share.shape[0]).add_(SMALLEST_RATIO)
+        log = ratio.log()
         ctx.save_for_backward(assignments, total, share, ratio, log)
         ctx.formula = formula
-        return loss
+        return torch.dot(share, log).clamp_min_(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assignments, total, share, ratio, log = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiate(ctx, ctx.formula, grad, assignments), None
-        slope = torch.addcdiv(log, ratio, ratio + SMALLEST_RATIO)
+        slope = torch.addcdiv(log, share, ratio, value=share.shape[0])
         # Not in place: with batched gradients `grad` has a dimension more than `slope`.
-        slope = (slope - (slope * share).sum()) * (grad / total)
+        slope = slope.sub_(torch.dot(slope, share)) * (grad / total)
         return slope.expand_as(assignments), None

@@ -31,6 +31,8 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in their common dtype, or in float32 where that is a narrower one."""
     dtype = torch.float32
+    if all(tensor.dtype is dtype for tensor in tensors):
+        return tensors
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
