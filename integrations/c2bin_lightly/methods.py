@@ -448,7 +448,7 @@ class C2BIN(BYOL):
             )
 
     def configure_callbacks(self) -> Any:
-        """Add none; keep Lightning from warning that there are no validation images: none are needed.
+        """Add none; keep Lightning from warning that there are no validation images: not needed.
 
         It is the one hook that comes before that warning.
         """
