@@ -1,0 +1,125 @@
+"""Size and speed of the page that c2bin-explore writes, in headless Chromium.
+
+    python examples/benchmarks/explore_page.py FOLDER [--images 20000] [--out docs/results]
+
+The thumbnails are of FOLDER's own images. Nothing is trained: features are the images' pixels at
+4 × 4, and the assignments of every scale are a softmax of their cosines with images drawn at
+random. Neither matters for size and speed. Needs chromium and chromedriver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _chromium import Browser, missing
+from c2bin_lightly import _explore_analysis as analysis
+from c2bin_lightly import _explore_images as files
+from c2bin_lightly import _explore_page as pages
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+
+# Milliseconds since navigation began: first text, the first screen complete with thumbnails, all
+# of the file parsed.
+TIMES = """
+const paint = performance.getEntriesByName("first-contentful-paint")[0];
+return {paint: paint && paint.startTime, loaded: performance.timing.loadEventEnd -
+  performance.timing.navigationStart, heap: performance.memory.usedJSHeapSize};
+"""
+PICTURES = """[...document.querySelectorAll("main img")].filter(image => {
+  const box = image.getBoundingClientRect();
+  return box.top < innerHeight && box.bottom > 0;
+}).every(image => image.src.startsWith("data:image/webp") && image.complete) && performance.now()"""
+
+
+def write_page(folder: Path, count: int, out: Path, size: int) -> tuple[Path, int, int]:
+    """Return the page, the number of images and of the bytes of their thumbnails."""
+    paths, _ = files.find(folder, exclude=out)
+    paths = paths[:count]
+    side = pages.thumbnail_side(len(paths))
+    if size:
+        side = min(side, size)
+    images = files.read_all(folder, paths, 32, side, out / "cache")
+    pixels = torch.from_numpy(images.pixels).float() / 255
+    features = adaptive_avg_pool2d(pixels, 4).flatten(start_dim=1)
+    features = features - features.mean(dim=0)
+    draw = torch.Generator().manual_seed(0)
+    heads = []
+    for k in (8, 32, 128):
+        centres = features[torch.randperm(len(features), generator=draw)[:k]]
+        cosines = normalize(features, dim=1) @ normalize(centres, dim=1).T
+        heads.append((cosines / 0.1).softmax(dim=1))
+    result = analysis.analyse(images, features, heads, seed=0)
+    thumbnails = files.fit_budget(images.thumbnails, side, pages.THUMBNAIL_BUDGET)
+    text = pages.page(
+        result, images.paths, thumbnails, images.skipped, {"Images": str(len(paths))}, "page", ""
+    )
+    page = out / "index.html"
+    page.write_text(text, encoding="utf-8")
+    return page, len(images.paths), sum(map(len, thumbnails))
+
+
+def measure(page: Path, rounds: int, profile: Path) -> dict[str, Any]:
+    """Return medians over rounds, each in a new browser."""
+    rows = []
+    for i in range(rounds):
+        with Browser(profile / str(i)) as browser:
+            browser.open(page)
+            pictures = browser.wait(PICTURES)
+            row = {**browser.run(TIMES), "pictures": pictures}
+            began = time.perf_counter()
+            browser.run("location.hash = '#/map'")
+            browser.wait('document.querySelector("canvas")?.dataset.visible > 0')
+            row["map"] = 1000 * (time.perf_counter() - began)
+            began = time.perf_counter()
+            browser.run("location.hash = '#/search/1'")
+            browser.wait('document.querySelector("main").dataset.view === "search"')
+            row["search"] = 1000 * (time.perf_counter() - began)
+            rows.append(row)
+    return {
+        name: {
+            "median": round(statistics.median(row[name] for row in rows)),
+            "largest": round(max(row[name] for row in rows)),
+        }
+        for name in rows[0]
+    }
+
+
+def main() -> None:
+    """Run the measurement and print it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--thumbnail", type=int, default=0, help="cap on thumbnail size, px")
+    parser.add_argument("--keep", type=Path, help="folder for the page; by default it is deleted")
+    parser.add_argument("--out", type=Path, help="folder for explore_page.json")
+    args = parser.parse_args()
+    if advice := missing():
+        parser.error(advice)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = args.keep or Path(scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        page, images, thumbnails = write_page(args.folder, args.images, out, args.thumbnail)
+        result = {
+            "images": images,
+            "page_bytes": page.stat().st_size,
+            "thumbnail_bytes": thumbnails,
+            "rounds": args.rounds,
+            "cores": os.cpu_count(),
+            "milliseconds": measure(page, args.rounds, Path(scratch)),
+        }
+    result["heap_bytes"] = result["milliseconds"].pop("heap")  # type: ignore[attr-defined]
+    print(json.dumps(result, indent=2))
+    if args.out is not None:
+        (args.out / "explore_page.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What the page and the tables show: neighbours, a map, clusters, and the tables themselves."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from c2bin_ext import metrics
+from c2bin_lightly._explore_images import Images, classes_of, shown
+
+NEIGHBOURS = 12
+SCALES = ("coarse", "middle", "fine")
+_BLOCK = 1024
+_MAP_COMPONENTS = 50
+_MAP_SAMPLE = 5000
+_MAP_ANCHORS = 4
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """One scale: each image's cluster (n,), the assignment to it (n,), and scores of the whole."""
+
+    name: str
+    count: int
+    cluster: npt.NDArray[np.int64]
+    certainty: npt.NDArray[np.float32]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """All there is to know about n images, in one order.
+
+    Attributes:
+        names: Paths relative to the folder, as text.
+        labels: Class of each image (n,), -1 where there is none.
+        classes: Class names, empty without classes.
+        scales: Coarse to fine.
+        neighbours: Indices of the nearest images, nearest first, (n, k).
+        cosines: Their cosine similarities (n, k).
+        positions: The map, (n, 2), in [0, 1].
+        map_method: How the map was made, a sentence.
+    """
+
+    names: list[str]
+    labels: npt.NDArray[np.int64]
+    classes: list[str]
+    scales: list[Clusters]
+    neighbours: npt.NDArray[np.int64]
+    cosines: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.float32]
+    map_method: str
+
+
+def analyse(images: Images, features: Tensor, heads: Sequence[Tensor], seed: int) -> Result:
+    """Return everything the page shows of features (n, d) and assignments (n, K) per scale."""
+    classes, labels = classes_of(images.paths)
+    indices, cosines = nearest(features, NEIGHBOURS)
+    positions, method = layout(features, seed)
+    return Result(
+        names=[shown(path) for path in images.paths],
+        labels=labels,
+        classes=[shown(name) for name in classes],
+        scales=[_scale(name, p, labels) for name, p in zip(SCALES, heads, strict=True)],
+        neighbours=indices.numpy(),
+        cosines=cosines.numpy(),
+        positions=positions,
+        map_method=method,
+    )
+
+
+def _scale(name: str, assignments: Tensor, labels: npt.NDArray[np.int64]) -> Clusters:
+    certainty, cluster = assignments.max(dim=1)
+    scores = {
+        "in_use": float(metrics.clusters_in_use(cluster)),
+        "effective": metrics.effective_clusters(assignments),
+    }
+    if (labels >= 0).any():
+        scores["nmi"] = metrics.normalized_mutual_information(labels, cluster)
+        scores["acc"] = metrics.clustering_accuracy(labels, cluster)
+        scores["purity"] = metrics.purity(labels, cluster)
+    return Clusters(name, assignments.shape[1], cluster.numpy(), certainty.float().numpy(), scores)
+
+
+def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k nearest other rows of each row by cosine similarity, a block at a time.
+
+    Args:
+        features: (n, d).
+        k: Neighbours; n - 1 if that is less.
+
+    Returns:
+        Indices int64 and cosines float32, (n, k), nearest first.
+
+    Examples:
+        >>> nearest(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), k=1)[0].tolist()
+        [[1], [0], [1]]
+    """
+    unit = normalize(features.float(), dim=1)
+    indices, cosines = list[Tensor](), list[Tensor]()
+    for start in range(0, len(unit), _BLOCK):
+        block = unit[start : start + _BLOCK] @ unit.T
+        rows = torch.arange(len(block))
+        block[rows, start + rows] = -torch.inf
+        best = block.topk(min(k, len(unit) - 1), dim=1)
+        indices.append(best.indices)
+        # A sum of squares in float32 may end a little above 1.
+        cosines.append(best.values.clamp(-1, 1))
+    return torch.cat(indices), torch.cat(cosines)
+
+
+def layout(features: Tensor, seed: int) -> tuple[npt.NDArray[np.float32], str]:
+    """Return positions (n, 2) in [0, 1] that keep similar features together, and the method.
+
+    t-SNE of up to 50 principal components of the unit features. Beyond 5,000 images t-SNE places a
+    random 5,000 of them, and each other image lies at the mean of its 4 nearest among these. Up to
+    8 images: the first two principal components.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    n = len(features)
+    unit = normalize(features.float(), dim=1).numpy()
+    # Not from a solver that draws at random: the same features give the same map.
+    components = min(_MAP_COMPONENTS, *unit.shape) if n > 8 else min(2, *unit.shape)
+    with np.errstate(invalid="ignore", divide="ignore"):  # identical images have no variance
+        reduced = PCA(components, svd_solver="full").fit_transform(unit)
+    if n <= 8:
+        points = np.zeros((n, 2))
+        points[:, : reduced.shape[1]] = reduced
+        return _unit_square(points), "the first two principal components"
+    sample = np.arange(n)
+    if n > _MAP_SAMPLE:
+        sample = np.sort(np.random.default_rng(seed).choice(n, _MAP_SAMPLE, replace=False))
+    start = reduced[sample, :2] if components > 1 else np.repeat(reduced[sample], 2, axis=1)
+    spread = float(start[:, 0].std())
+    tsne = TSNE(
+        perplexity=min(30.0, (len(sample) - 1) / 3),
+        init=(start * (1e-4 / spread if spread > 0 else 0.0)).astype(np.float32),
+        learning_rate="auto",
+        random_state=seed,
+    )
+    placed = tsne.fit_transform(reduced[sample].astype(np.float32))
+    method = f"t-SNE of the first {components} principal components of the unit features"
+    if n == len(sample):
+        return _unit_square(placed), method
+    points = np.empty((n, 2))
+    anchors = torch.from_numpy(reduced[sample])
+    for begin in range(0, n, _BLOCK):
+        rows = torch.from_numpy(reduced[begin : begin + _BLOCK])
+        close = torch.cdist(rows, anchors).topk(_MAP_ANCHORS, largest=False).indices
+        points[begin : begin + _BLOCK] = placed[close.numpy()].mean(axis=1)
+    points[sample] = placed
+    return _unit_square(points), (
+        f"{method}, for {len(sample):,} images drawn at random; each other image lies at the mean "
+        f"of its {_MAP_ANCHORS} nearest among them"
+    )
+
+
+def _unit_square(points: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    low, extent = points.min(axis=0), float(np.ptp(points, axis=0).max())
+    centred = (points - low - np.ptp(points, axis=0) / 2) / (extent if extent > 0 else 1)
+    return np.asarray(np.clip(centred + 0.5, 0, 1), dtype=np.float32)
+
+
+Rows = Callable[[], Iterator[tuple[Any, ...]]]
+
+
+def tables(result: Result) -> dict[str, tuple[list[str], Rows]]:
+    """Return the tables by file name without suffix: the columns, and a function of the rows."""
+    names = result.names
+
+    def assignments() -> Iterator[tuple[Any, ...]]:
+        for i, name in enumerate(names):
+            label = result.classes[result.labels[i]] if result.labels[i] >= 0 else None
+            pairs = [(int(s.cluster[i]), float(s.certainty[i])) for s in result.scales]
+            x, y = result.positions[i].tolist()
+            yield (name, label, *(value for pair in pairs for value in pair), x, y)
+
+    def neighbours() -> Iterator[tuple[Any, ...]]:
+        pairs = zip(result.neighbours.tolist(), result.cosines.tolist(), strict=True)
+        for name, (others, cosines) in zip(names, pairs, strict=True):
+            for rank, (other, cosine) in enumerate(zip(others, cosines, strict=True), 1):
+                yield (name, rank, names[other], cosine)
+
+    columns = [f"{s.name}_{what}" for s in result.scales for what in ("cluster", "certainty")]
+    return {
+        "assignments": (["file", "label", *columns, "map_x", "map_y"], assignments),
+        "neighbours": (["file", "rank", "neighbour", "cosine"], neighbours),
+    }
+
+
+def has_parquet() -> bool:
+    """Say whether pyarrow is installed."""
+    return importlib.util.find_spec("pyarrow") is not None
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
+    """Write a table as CSV in UTF-8, in one go: a kill while it writes leaves no half table."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(rows())
+    os.replace(part, path)
+
+
+def write_parquet(path: Path, columns: Sequence[str], rows: Rows) -> None:
+    """Write a table as Parquet; needs pyarrow."""
+    import pyarrow
+    import pyarrow.parquet
+
+    values = list(zip(*rows(), strict=True))
+    part = path.with_name(path.name + ".part")
+    pyarrow.parquet.write_table(
+        pyarrow.table({name: list(v) for name, v in zip(columns, values, strict=True)}), part
+    )
+    os.replace(part, path)

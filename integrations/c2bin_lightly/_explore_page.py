@@ -1,0 +1,166 @@
+"""One HTML file that opens from disk: the template, filled with data and thumbnails."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_from_bytes
+
+import numpy as np
+import numpy.typing as npt
+
+from c2bin_lightly._explore_analysis import Clusters, Result
+from c2bin_lightly._explore_images import Skipped, shown
+
+# Of 60 MB for the whole page: base64 makes four bytes of three, and names, neighbours and positions
+# of 20,000 images take about 5 MB.
+THUMBNAIL_BUDGET = 36_000_000
+_LARGEST_SIDE, _SMALLEST_SIDE = 160, 16
+_BYTES_PER_PIXEL = 0.2
+_CHUNK = 128
+_LISTED = 1000
+# What the first screen shows of each coarse cluster comes first, to be there when it is drawn.
+_FIRST = 12
+
+
+def thumbnail_side(images: int) -> int:
+    """Return the longest side in px at which n thumbnails of photographs fit into the budget.
+
+    Examples:
+        >>> thumbnail_side(5_000), thumbnail_side(20_000)
+        (160, 94)
+    """
+    side = int((THUMBNAIL_BUDGET / max(images, 1) / _BYTES_PER_PIXEL) ** 0.5)
+    return max(_SMALLEST_SIDE, min(_LARGEST_SIDE, side))
+
+
+def relative_link(target: Path, start: Path) -> str:
+    """Return the percent-encoded link from a page in `start` to a file, "" across Windows drives.
+
+    Examples:
+        >>> relative_link(Path("photos/Ä 1#.jpg"), Path("photos"))
+        '%C3%84%201%23.jpg'
+    """
+    try:
+        path = os.path.relpath(target.resolve(), start.resolve())
+    except ValueError:
+        return ""
+    link = quote_from_bytes(os.fsencode(path.replace(os.sep, "/")))
+    # A first segment with a colon would be read as a scheme.
+    return "./" + link if "%3A" in link.split("/")[0] else link
+
+
+def page(
+    result: Result,
+    paths: Sequence[str],
+    thumbnails: Sequence[bytes],
+    skipped: Sequence[Skipped],
+    settings: Mapping[str, str],
+    title: str,
+    link: str,
+) -> str:
+    """Return the page.
+
+    Args:
+        result: What to show of n images.
+        paths: Their files, relative to the folder.
+        thumbnails: One encoded WebP or JPEG file per image.
+        skipped: Files that are not in it.
+        settings: Name and value of everything that a reader should know about the run.
+        title: Name of the folder.
+        link: Link from the page to the folder; "" for none.
+    """
+    order = _order(result.scales[0])
+    place = np.empty(len(order), dtype=np.uint32)
+    place[order] = np.arange(len(order), dtype=np.uint32)
+    data = {
+        "title": title,
+        "link": link,
+        "names": result.names,
+        # Only of names that are shown with escapes; the page makes the others of the names.
+        "links": {
+            i: quote_from_bytes(os.fsencode(path))
+            for i, path in enumerate(paths)
+            if path != result.names[i]
+        },
+        "classes": result.classes,
+        "labels": packed(result.labels, "<i4"),
+        "scales": [
+            {
+                "name": scale.name,
+                "count": scale.count,
+                "scores": scale.scores,
+                "cluster": packed(scale.cluster, "<u2"),
+                "certainty": packed(scale.certainty, "<f4"),
+            }
+            for scale in result.scales
+        ],
+        "neighbourCount": result.neighbours.shape[1],
+        "neighbours": packed(result.neighbours, "<u4"),
+        "cosines": packed(result.cosines, "<f4"),
+        "positions": packed(result.positions, "<f4"),
+        "mapMethod": result.map_method,
+        "place": packed(place, "<u4"),
+        "chunk": _CHUNK,
+        "settings": dict(settings),
+        "skippedCount": len(skipped),
+        "skipped": [[shown(path), shown(reason)] for path, reason in skipped[:_LISTED]],
+    }
+    chunks = []
+    for start in range(0, len(order), _CHUNK):
+        urls = [_data_url(thumbnails[i]) for i in order[start : start + _CHUNK]]
+        name = f"thumbnails-{start // _CHUNK}"
+        chunks.append(f'<script type="application/json" id="{name}">{_json(urls)}</script>\n')
+    style, script = (_template(f"_explore_page.{kind}") for kind in ("css", "js"))
+    filled = {
+        "csp": f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
+        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'",
+        "title": html.escape(title),
+        "count": f"{len(result.names):,}",
+        "style": style,
+        "data": _json(data),
+        "script": script,
+        "thumbnails": "".join(chunks),
+    }
+    # In one pass: what is filled in is never searched for placeholders.
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: filled[m[1]], _template("_explore_page.html"))
+
+
+def packed(values: npt.NDArray[Any], dtype: str) -> str:
+    """Return an array as base64 of little-endian numbers, row after row."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype=dtype).tobytes()).decode("ascii")
+
+
+def _order(coarse: Clusters) -> npt.NDArray[np.int64]:
+    """Return image numbers in the order of their thumbnails: what is seen first comes first."""
+    order = np.lexsort((-coarse.certainty, coarse.cluster))
+    sizes = np.bincount(coarse.cluster, minlength=coarse.count)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.concatenate([order[rank < _FIRST], order[rank >= _FIRST]])
+
+
+def _data_url(image: bytes) -> str:
+    kind = "webp" if image[:4] == b"RIFF" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
+
+
+def _json(value: Any) -> str:
+    # "</script>" or "<!--" in a file name must not end the element.
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+    return f"'sha256-{digest}'"
+
+
+def _template(name: str) -> str:
+    return (files("c2bin_lightly") / name).read_text(encoding="utf-8")
