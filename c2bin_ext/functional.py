@@ -19,7 +19,7 @@ Contrasting Clusters While Bootstrapping Instances", submitted to ICLR 2021.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -37,12 +37,14 @@ from c2bin_ext._numerics import (
     without_autocast,
 )
 from c2bin_ext.distributed import sum_over_ranks, world_size
+from c2bin_ext.statistics import at_value_of
 
 __all__ = [
     "C2BINLossOutput",
     "bca_contrastive_loss",
     "bootstrap_alignment_loss",
     "c2bin_loss",
+    "c2bin_statistics",
     "cluster_assignments",
     "cluster_entropy_regularizer",
     "cluster_mass",
@@ -155,6 +157,7 @@ def bca_contrastive_loss(
     symmetric: bool = True,
     gather_distributed: bool = False,
     validate_args: bool = False,
+    running: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Contrast of batch-wise cluster assignment vectors (BCAs) between two views, Eq. 4.
 
@@ -175,6 +178,8 @@ def bca_contrastive_loss(
             first alone, as printed.
         gather_distributed: contrast the columns of the global batch, over all ranks.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        running: maps the sums over instances, in one vector, to those that the loss is taken of:
+            see `c2bin_ext.statistics.RunningStatistics`.
 
     Returns:
         A 0-dim loss, float32 (float64 for float64 inputs). It is log K when all columns are
@@ -198,10 +203,11 @@ def bca_contrastive_loss(
     _check_assignments("assignments0", assignments0, validate_args)
     _check_assignments("assignments1", assignments1, validate_args)
     _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
-    if _spans_ranks(gather_distributed):
-        sums = sum_over_ranks(_contrast_sums(assignments0, assignments1, options))
-        return _contrast_from_sums(iter(sums), options)
-    return _local_contrast(assignments0, assignments1, options)
+    spans_ranks = _spans_ranks(gather_distributed)
+    if not spans_ranks and running is None:
+        return _local_contrast(assignments0, assignments1, options)
+    sums = _contrast_sums(assignments0, assignments1, options)
+    return _contrast_from_sums(iter(_beyond_the_batch(sums, spans_ranks, running)), options)
 
 
 def cluster_mass(assignments: Tensor) -> Tensor:
@@ -238,6 +244,7 @@ def cluster_entropy_regularizer(
     reduction: str = "mean",
     gather_distributed: bool = False,
     validate_args: bool = False,
+    running: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """How far cluster masses are from balance, to be MINIMISED; Eq. 5.
 
@@ -251,6 +258,8 @@ def cluster_entropy_regularizer(
             instances n, which has the gradient of the entropy of the raw masses s, as printed.
         gather_distributed: balance clusters over the global batch of all ranks.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        running: maps the masses (K,) to those that the entropy is taken of: see
+            `c2bin_ext.statistics.RunningStatistics`.
 
     Returns:
         A 0-dim loss, float32 (float64 for float64 inputs).
@@ -276,7 +285,9 @@ def cluster_entropy_regularizer(
     if _spans_ranks(gather_distributed):
         rows = assignments.new_full((), assignments.shape[0])
         mass, count = sum_over_ranks([cluster_mass(assignments), rows])
-        gap = _balance_gap(mass)
+        gap = _balance_gap(mass if running is None else running(mass))
+    elif running is not None:
+        gap = _balance_gap(running(cluster_mass(assignments)))
     else:
         gap = _local_balance_gap(assignments)
     return gap * count if reduction == "sum" else gap
@@ -297,6 +308,8 @@ def c2bin_loss(
     reduction: str = "mean",
     gather_distributed: bool = False,
     validate_args: bool = False,
+    running: Callable[[Tensor], Tensor] | None = None,
+    statistics: Tensor | None = None,
 ) -> C2BINLossOutput:
     """The whole objective of C2BIN, Eq. 5-7.
 
@@ -324,6 +337,11 @@ def c2bin_loss(
             batches may differ in size.
         validate_args: check that values are finite and rows of assignments sum to 1; waits for
             the GPU.
+        running: maps the sums over instances of all cluster terms, in one vector, to those that
+            the terms are taken of: see `c2bin_ext.statistics.RunningStatistics`.
+        statistics: the sum of `c2bin_statistics` over the micro-batches of a batch. The loss is
+            then that of the batch, and the gradients of its micro-batches add up to that of the
+            batch.
 
     Returns:
         `C2BINLossOutput(loss, alignment, contrast, entropy)`; contrast and entropy are summed over
@@ -352,20 +370,25 @@ def c2bin_loss(
     aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
     heads = _check_heads(assignments, aligned[0][0], validate_args)
 
-    cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
+    spans_ranks = _spans_ranks(gather_distributed)
     count: int | Tensor = aligned[0][0].shape[0]
-    if _spans_ranks(gather_distributed):
-        sums = [*cosines, cosines[0].new_full((), heads[0][0].shape[0])]
-        for view0, view1 in heads:
-            sums += [cluster_mass(view0), cluster_mass(view1)]
-            sums += _contrast_sums(view0, view1, options)
-        totals = iter(sum_over_ranks(sums))
-        cosines, count = [next(totals) for _ in cosines], next(totals)
+    if spans_ranks or running is not None or statistics is not None:
+        sums = _objective_sums(aligned, heads, options)
+        if statistics is not None:
+            sums = _of_the_whole_batch(sums, statistics, running, spans_ranks)
+        elif spans_ranks:
+            sums = list(sum_over_ranks(sums))
+        if running is not None:
+            first = len(aligned) + 1  # cosines and count are of this step alone
+            sums[first:] = _beyond_the_batch(sums[first:], False, running)
+        totals = iter(sums)
+        cosines, count = [next(totals) for _ in aligned], next(totals)
         contrasts, gaps = [], []
         for _ in heads:
             gaps += [_balance_gap(next(totals)), _balance_gap(next(totals))]
             contrasts.append(_contrast_from_sums(totals, options))
     else:
+        cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
         contrasts = [_local_contrast(view0, view1, options) for view0, view1 in heads]
         gaps = [_local_balance_gap(*at_least_float32(view)) for views in heads for view in views]
 
@@ -376,6 +399,127 @@ def c2bin_loss(
         entropy = entropy * count
     loss = alignment + cluster_weight * (contrast + entropy_weight * entropy)
     return C2BINLossOutput(loss, alignment, contrast, entropy)
+
+
+def c2bin_statistics(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    assignments: Sequence[Sequence[Tensor]],
+    *,
+    similarity: str = "cosine",
+    symmetric_alignment: bool = True,
+    gather_distributed: bool = False,
+    validate_args: bool = False,
+) -> Tensor:
+    """All sums over instances that `c2bin_loss` needs of a batch, in one vector.
+
+    Formula: `Σ_i cos(p_i, z_i)` of each direction, n, and of each head the masses
+    `s_k = Σ_i P[i, k]` of both views, `C'ᵀC''` and, for cosines, `‖c_k‖²` of both views.
+
+    They add up over the parts of a batch: the sum over micro-batches, given to `c2bin_loss` as
+    `statistics`, makes loss and gradient of each micro-batch those of the whole batch. No gradient
+    is recorded.
+
+    Args:
+        predictions: see `c2bin_loss`.
+        targets: see `c2bin_loss`.
+        assignments: see `c2bin_loss`.
+        similarity: see `c2bin_loss`.
+        symmetric_alignment: see `c2bin_loss`.
+        gather_distributed: sum over ranks too, in one all-reduce.
+        validate_args: see `c2bin_loss`.
+
+    Returns:
+        A vector of as many sums, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: as `c2bin_loss`.
+        ValueError: as `c2bin_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from c2bin_ext.functional import c2bin_loss, c2bin_statistics
+        >>> def outputs(rows):  # of a network, for some of the rows of a batch
+        ...     features = torch.eye(6)[rows]
+        ...     heads = (features.softmax(dim=1),)
+        ...     return (features, features), (features, features), (heads, heads)
+        >>> micro_batches = [[0, 1], [2, 3], [4, 5]]
+        >>> total = sum(c2bin_statistics(*outputs(rows)) for rows in micro_batches)
+        >>> part = c2bin_loss(*outputs(micro_batches[0]), statistics=total)
+        >>> whole = c2bin_loss(*outputs([0, 1, 2, 3, 4, 5]))
+        >>> torch.allclose(part.loss, whole.loss)
+        True
+
+    Source: C2BIN, Eq. 1, 4 and 5; two passes as in Gao et al., "Scaling deep contrastive learning
+    batch size under memory limited setup", 2021, which caches features where sums suffice here.
+    """
+    options = _contrast_options(1.0, similarity, True, True)
+    aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
+    heads = _check_heads(assignments, aligned[0][0], validate_args)
+    with torch.no_grad():
+        sums = _objective_sums(aligned, heads, options)
+        if _spans_ranks(gather_distributed):
+            sums = list(sum_over_ranks(sums))
+        return _flat(sums)
+
+
+def _objective_sums(
+    aligned: list[tuple[Tensor, Tensor]],
+    heads: list[tuple[Tensor, Tensor]],
+    options: _ContrastOptions,
+) -> list[Tensor]:
+    """Return cosines of each direction, count, and of each head masses and contrast sums."""
+    cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
+    sums = [*cosines, cosines[0].new_full((), heads[0][0].shape[0])]
+    for view0, view1 in heads:
+        sums += [cluster_mass(view0), cluster_mass(view1)]
+        sums += _contrast_sums(view0, view1, options)
+    return sums
+
+
+def _beyond_the_batch(
+    sums: list[Tensor], spans_ranks: bool, running: Callable[[Tensor], Tensor] | None
+) -> list[Tensor]:
+    if spans_ranks:
+        sums = list(sum_over_ranks(sums))
+    return sums if running is None else _split(running(_flat(sums)), sums)
+
+
+def _of_the_whole_batch(
+    sums: list[Tensor],
+    statistics: Tensor,
+    running: Callable[[Tensor], Tensor] | None,
+    spans_ranks: bool,
+) -> list[Tensor]:
+    """Return `statistics` in parts as of `sums`, with the gradient of `sums`."""
+    if running is not None:
+        raise ValueError(
+            "statistics: expected None together with running statistics, which would take in every "
+            "micro-batch as a step"
+        )
+    own = _flat(sums)
+    if not isinstance(statistics, Tensor):
+        raise TypeError(
+            "statistics: expected a vector as c2bin_statistics returns, "
+            f"got {type(statistics).__name__}"
+        )
+    if statistics.shape != own.shape:
+        raise ValueError(
+            f"statistics: expected shape {tuple(own.shape)} as c2bin_statistics returns for the "
+            f"same heads and options, got shape {tuple(statistics.shape)}"
+        )
+    # The W equal losses of the ranks, which DDP averages, as in `sum_over_ranks`.
+    own = own * world_size() if spans_ranks else own
+    return _split(at_value_of(own, statistics.to(own.dtype)), sums)
+
+
+def _flat(sums: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in sums])
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.split(flat, [part.numel() for part in like])
+    return [part.reshape(shaped.shape) for part, shaped in zip(parts, like, strict=True)]
 
 
 def _spans_ranks(gather_distributed: bool) -> bool:

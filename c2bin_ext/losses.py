@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from c2bin_ext import _checks, functional
 from c2bin_ext.functional import C2BINLossOutput
+from c2bin_ext.statistics import running_statistics
 
 __all__ = [
     "BCAContrastiveLoss",
@@ -30,6 +31,7 @@ class _Loss(nn.Module):
     def extra_repr(self) -> str:
         options = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         del options["training"]
+        options.pop("running", None)  # None here; running statistics are a submodule
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
@@ -88,6 +90,10 @@ class BCAContrastiveLoss(_Loss):
         gather_distributed: contrast the columns of the global batch, over all ranks. The loss and,
             after DDP's averaging, the gradient are those of one process on the whole batch.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        running_decay: β in [0, 1). Above 0, the Gram matrix and the norms are smoothed over some
+            1/(1 - β) steps, as more instances would make them: for batches of few images per
+            cluster. Kept in a buffer; see `c2bin_ext.statistics.RunningStatistics`.
+        num_clusters: K of the head, wanted with `running_decay` alone.
 
     Returns:
         Called with `assignments0` (n, K) and `assignments1` (n, K): a 0-dim loss.
@@ -114,6 +120,8 @@ class BCAContrastiveLoss(_Loss):
         symmetric: bool = True,
         gather_distributed: bool = False,
         validate_args: bool = False,
+        running_decay: float = 0.0,
+        num_clusters: int | None = None,
     ) -> None:
         super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
         self.temperature = _checks.finite_number("temperature", temperature, above=0)
@@ -122,6 +130,10 @@ class BCAContrastiveLoss(_Loss):
             "positive_in_denominator", positive_in_denominator
         )
         self.symmetric = _checks.flag("symmetric", symmetric)
+        self.running = running_statistics(running_decay, num_clusters, self._sums)
+
+    def _sums(self, clusters: int) -> int:
+        return clusters**2 + (2 * clusters if self.similarity == "cosine" else 0)
 
     def forward(self, assignments0: Tensor, assignments1: Tensor) -> Tensor:
         return functional.bca_contrastive_loss(
@@ -133,6 +145,7 @@ class BCAContrastiveLoss(_Loss):
             symmetric=self.symmetric,
             gather_distributed=self.gather_distributed,
             validate_args=self.validate_args,
+            running=self.running,
         )
 
 
@@ -147,6 +160,10 @@ class ClusterEntropyRegularizer(_Loss):
             the gradient of the entropy of the raw masses s, as printed.
         gather_distributed: balance clusters over the global batch of all ranks.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        running_decay: β in [0, 1). Above 0, the masses are smoothed over some
+            1/(1 - β) steps, as more instances would make them: for batches of few images per
+            cluster. Kept in a buffer; see `c2bin_ext.statistics.RunningStatistics`.
+        num_clusters: K of the head, wanted with `running_decay` alone.
 
     Returns:
         Called with `assignments` (n, K): a 0-dim loss in [0, log K], times n for `"sum"`.
@@ -170,9 +187,12 @@ class ClusterEntropyRegularizer(_Loss):
         reduction: str = "mean",
         gather_distributed: bool = False,
         validate_args: bool = False,
+        running_decay: float = 0.0,
+        num_clusters: int | None = None,
     ) -> None:
         super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
         self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        self.running = running_statistics(running_decay, num_clusters, lambda clusters: clusters)
 
     def forward(self, assignments: Tensor) -> Tensor:
         return functional.cluster_entropy_regularizer(
@@ -180,6 +200,7 @@ class ClusterEntropyRegularizer(_Loss):
             reduction=self.reduction,
             gather_distributed=self.gather_distributed,
             validate_args=self.validate_args,
+            running=self.running,
         )
 
 
@@ -202,12 +223,17 @@ class C2BINLoss(_Loss):
             global batch over all ranks, with one all-reduce.
         validate_args: check that values are finite and rows of assignments sum to 1; waits for
             the GPU.
+        running_decay: β in [0, 1). Above 0, the statistics of the cluster terms are smoothed over
+            some 1/(1 - β) steps, as more instances would make them: for batches of few images per
+            cluster. Kept in a buffer; see `c2bin_ext.statistics.RunningStatistics`.
+        num_clusters: K of each head, wanted with `running_decay` alone.
 
     Returns:
         Called with `predictions` (p0, p1), `targets` (z0, z1), each (n, d), and `assignments`
         (heads of view 0, heads of view 1), each a sequence of (n, K):
         `C2BINLossOutput(loss, alignment, contrast, entropy)`, 0-dim tensors. Only `loss` is
-        weighted.
+        weighted. A fourth argument, `statistics`, is for micro-batches: see the method of that
+        name.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -243,6 +269,8 @@ class C2BINLoss(_Loss):
         reduction: str = "mean",
         gather_distributed: bool = False,
         validate_args: bool = False,
+        running_decay: float = 0.0,
+        num_clusters: Sequence[int] | None = None,
     ) -> None:
         super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
         self.cluster_weight = _checks.finite_number("cluster_weight", cluster_weight)
@@ -255,6 +283,11 @@ class C2BINLoss(_Loss):
         self.symmetric = _checks.flag("symmetric", symmetric)
         self.symmetric_alignment = _checks.flag("symmetric_alignment", symmetric_alignment)
         self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        self.running = running_statistics(running_decay, num_clusters, self._sums)
+
+    def _sums(self, clusters: int) -> int:
+        # Two views' masses, the Gram matrix, and two views' squared norms for cosines.
+        return clusters**2 + clusters * (4 if self.similarity == "cosine" else 2)
 
     @classmethod
     def paper(cls, **overrides: Any) -> C2BINLoss:
@@ -294,6 +327,7 @@ class C2BINLoss(_Loss):
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
         assignments: Sequence[Sequence[Tensor]],
+        statistics: Tensor | None = None,
     ) -> C2BINLossOutput:
         return functional.c2bin_loss(
             predictions,
@@ -307,6 +341,56 @@ class C2BINLoss(_Loss):
             symmetric=self.symmetric,
             symmetric_alignment=self.symmetric_alignment,
             reduction=self.reduction,
+            gather_distributed=self.gather_distributed,
+            validate_args=self.validate_args,
+            running=self.running,
+            statistics=statistics,
+        )
+
+    def statistics(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        assignments: Sequence[Sequence[Tensor]],
+    ) -> Tensor:
+        """All sums over instances that the loss needs of a micro-batch, Eq. 1, 4 and 5.
+
+        Formula: see `functional.c2bin_statistics`. They add up over the micro-batches of a batch;
+        given the total, the loss of a micro-batch is that of the batch, and gradients add up.
+
+        Args:
+            predictions: (p0, p1), each (n, d).
+            targets: (z0, z1), each (n, d).
+            assignments: (heads of view 0, heads of view 1), each a sequence of (n, K).
+
+        Returns:
+            A vector, without gradient.
+
+        Raises:
+            TypeError: as the call of the loss.
+            ValueError: as the call of the loss.
+
+        Examples:
+            >>> import torch
+            >>> from c2bin_ext import C2BINLoss
+            >>> criterion, network = C2BINLoss(), torch.nn.Linear(5, 4)
+            >>> def outputs(images):
+            ...     z, heads = network(images), (network(images).softmax(dim=1),)
+            ...     return (z, z), (z, z), (heads, heads)
+            >>> micro_batches = torch.randn(3, 8, 5)
+            >>> with torch.no_grad():
+            ...     total = sum(criterion.statistics(*outputs(part)) for part in micro_batches)
+            >>> for part in micro_batches:
+            ...     criterion(*outputs(part), statistics=total).loss.backward()
+
+        Source: `functional.c2bin_statistics`.
+        """
+        return functional.c2bin_statistics(
+            predictions,
+            targets,
+            assignments,
+            similarity=self.similarity,
+            symmetric_alignment=self.symmetric_alignment,
             gather_distributed=self.gather_distributed,
             validate_args=self.validate_args,
         )
