@@ -187,17 +187,15 @@ def through_the_module(args: argparse.Namespace, method: str, folder: Path) -> d
     common: dict[str, Any] = {
         name: getattr(args, name) for name in ("accelerator", "devices", "precision", "strategy")
     }
-    metrics = MetricCallback()
     trainer = Trainer(
         max_epochs=args.epochs,
         default_root_dir=str(folder),
-        callbacks=[metrics],
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         **common,
     )
     trainer.fit(model, loader(args.train_dir, views, True), val, newest_checkpoint(folder))
-    found = {name: values[-1] for name, values in metrics.val_metrics.items()}
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     scores = {"knn top1": found["kNN_accuracy"] / 100, "max knn top1": model.max_accuracy}
     classifier = LinearClassifier(
         model, args.batch_size_per_device, feature_dim=features, num_classes=args.num_classes

@@ -247,6 +247,8 @@ class _Bank(BenchmarkModule):  # type: ignore[misc]
 class _Benchmark:
     """What turns a method into a BenchmarkModule; stands before the method among the bases."""
 
+    max_accuracy: float
+
     def __init__(
         self,
         dataloader_kNN: DataLoader[Any],  # noqa: N803 - lightly's name
@@ -260,6 +262,14 @@ class _Benchmark:
         self.num_classes = num_classes
         self.knn_k = knn_k
         self.knn_t = knn_t
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the best accuracy so far, which lightly would start anew in a resumed run."""
+        checkpoint["max_accuracy"] = self.max_accuracy
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the best accuracy so far."""
+        self.max_accuracy = checkpoint["max_accuracy"]
 
 
 class SimCLRBenchmark(_Benchmark, SimCLR, _Bank):
