@@ -1,6 +1,9 @@
 """Size and speed of the page that c2bin-explore writes, in headless Chromium.
 
-    python examples/benchmarks/explore_page.py FOLDER [--images 20000] [--out docs/results]
+    python examples/benchmarks/explore_page.py FOLDER [--mosaic 3] [--images 20000]
+
+With --mosaic N each image is N × N images of FOLDER, drawn at random: small images alone make small
+thumbnails, and these have more detail than photographs of their size.
 
 The thumbnails are of FOLDER's own images. Nothing is trained: features are the images' pixels at
 4 × 4, and the assignments of every scale are a softmax of their cosines with images drawn at
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -23,6 +27,7 @@ from _chromium import Browser, missing
 from c2bin_lightly import _explore_analysis as analysis
 from c2bin_lightly import _explore_images as files
 from c2bin_lightly import _explore_page as pages
+from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 # Milliseconds since navigation began: first text, the first screen complete with thumbnails, all
@@ -38,13 +43,25 @@ PICTURES = """[...document.querySelectorAll("main img")].filter(image => {
 }).every(image => image.src.startsWith("data:image/webp") && image.complete) && performance.now()"""
 
 
-def write_page(folder: Path, count: int, out: Path, size: int) -> tuple[Path, int, int]:
+def write_mosaics(folder: Path, count: int, edge: int, tiles: int, out: Path) -> None:
+    """Write `count` JPEG files of tiles × tiles images, each scaled to `edge` px."""
+    paths, _ = files.find(folder, exclude=out)
+    draw = random.Random(0)
+    out.mkdir(parents=True)
+    for number in range(count):
+        mosaic = Image.new("RGB", (edge * tiles, edge * tiles))
+        for place in range(tiles * tiles):
+            with Image.open(folder / draw.choice(paths)) as image:
+                tile = image.convert("RGB").resize((edge, edge))
+            mosaic.paste(tile, (place % tiles * edge, place // tiles * edge))
+        mosaic.save(out / f"mosaic {number:05}.jpg", quality=92)
+
+
+def write_page(folder: Path, count: int, out: Path) -> tuple[Path, int, int]:
     """Return the page, the number of images and of the bytes of their thumbnails."""
     paths, _ = files.find(folder, exclude=out)
     paths = paths[:count]
     side = pages.thumbnail_side(len(paths))
-    if size:
-        side = min(side, size)
     images = files.read_all(folder, paths, 32, side, out / "cache")
     pixels = torch.from_numpy(images.pixels).float() / 255
     features = adaptive_avg_pool2d(pixels, 4).flatten(start_dim=1)
@@ -97,7 +114,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--thumbnail", type=int, default=0, help="cap on thumbnail size, px")
+    parser.add_argument("--mosaic", type=int, default=1, help="tiles along an edge of an image")
     parser.add_argument("--keep", type=Path, help="folder for the page; by default it is deleted")
     parser.add_argument("--out", type=Path, help="folder for explore_page.json")
     args = parser.parse_args()
@@ -106,16 +123,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out = args.keep or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
-        page, images, thumbnails = write_page(args.folder, args.images, out, args.thumbnail)
-        result = {
+        folder = args.folder
+        if args.mosaic > 1:
+            folder = Path(scratch) / "mosaics"
+            write_mosaics(args.folder, args.images, 32, args.mosaic, folder)
+        page, images, thumbnails = write_page(folder, args.images, out)
+        result: dict[str, Any] = {
             "images": images,
+            "tiles_per_image": args.mosaic**2,
             "page_bytes": page.stat().st_size,
             "thumbnail_bytes": thumbnails,
             "rounds": args.rounds,
             "cores": os.cpu_count(),
             "milliseconds": measure(page, args.rounds, Path(scratch)),
         }
-    result["heap_bytes"] = result["milliseconds"].pop("heap")  # type: ignore[attr-defined]
+    result["heap_bytes"] = result["milliseconds"].pop("heap")
     print(json.dumps(result, indent=2))
     if args.out is not None:
         (args.out / "explore_page.json").write_text(json.dumps(result, indent=2) + "\n")

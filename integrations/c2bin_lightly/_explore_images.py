@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import stat
@@ -19,7 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tqdm import tqdm
 
 # Pillow hands EPS to Ghostscript, which runs the file as a program.
-_FORMATS = sorted(set(Image.registered_extensions().values()) - {"EPS", "PDF", "MPEG"})
+Image.init()
+_FORMATS = sorted(set(Image.OPEN) - {"EPS"})
 _PART = 256
 _SAMPLED = 200
 
@@ -256,7 +258,7 @@ def read_all(
                 ends = stored["ends"].tolist()
                 encoded = stored["encoded"].tobytes()
                 pixels.append(stored["pixels"])
-            thumbnails += [encoded[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+            thumbnails += [encoded[a:b] for a, b in itertools.pairwise([0, *ends])]
             kept += [path for path, reason in zip(part, reasons, strict=True) if not reason]
             skipped += [
                 Skipped(p, reason) for p, reason in zip(part, reasons, strict=True) if reason

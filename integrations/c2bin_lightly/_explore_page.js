@@ -47,7 +47,7 @@
   });
   const count = (value) => value.toLocaleString("en");
   const images = (value) => `${count(value)} image${value === 1 ? "" : "s"}`;
-  const percent = (part, whole) => `${Math.round((100 * part) / whole)} %`;
+  const percent = (part, whole) => `${Math.round((100 * part) / whole)}\u00a0%`;
   const title = (scale) => scale.name[0].toUpperCase() + scale.name.slice(1);
   const fraction = (value) => (value > 0.9995 && value < 1 ? "> 0.999" : value.toFixed(3));
   const colour = (k) => {

@@ -215,18 +215,15 @@ class _Batches(Sampler[Any]):
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
         self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer at the start of each epoch."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return self.images // self.batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = torch.randperm(
-            self.images, generator=torch.Generator().manual_seed(_stream(self.seed, self.epoch))
-        )
-        return iter(torch.split(order[: len(self) * self.batch_size], self.batch_size))
+        # A generator, so that the epoch is read at its first batch and not when the trainer
+        # prepares the loader, which after a resumption is before the epoch is known.
+        draw = torch.Generator().manual_seed(_stream(self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=draw)
+        yield from torch.split(order[: len(self) * self.batch_size], self.batch_size)
 
 
 def _stream(seed: int, epoch: int) -> int:
@@ -234,10 +231,10 @@ def _stream(seed: int, epoch: int) -> int:
 
 
 class _Progress(Callback):
-    """Fixes the seed of every epoch and moves the bar."""
+    """Fixes the seed and the order of every epoch and moves the bar."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, batches: _Batches) -> None:
+        self.batches = batches
         self.bar: tqdm[Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,7 +249,8 @@ class _Progress(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run draws what an uninterrupted one draws.
-        stream = _stream(self.seed, trainer.current_epoch)
+        self.batches.epoch = trainer.current_epoch
+        stream = _stream(self.batches.seed, trainer.current_epoch)
         torch.manual_seed(stream)
         np.random.seed(stream)
         random.seed(stream)
@@ -341,12 +339,15 @@ def train(pixels: Tensor, settings: Settings, checkpoint: Path, kind: str) -> Mo
             devices=1,
             precision=precision,
             max_epochs=settings.epochs,
-            callbacks=[_Progress(settings.seed), _EpochCheckpoint(checkpoint)],
+            callbacks=[_Progress(batches), _EpochCheckpoint(checkpoint)],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        loader = DataLoader(_Pixels(pixels), sampler=batches, batch_size=None)
+        # With a generator of its own: an iterator of the loader would draw from the global one.
+        loader = DataLoader(
+            _Pixels(pixels), sampler=batches, batch_size=None, generator=torch.Generator()
+        )
         try:
             trainer.fit(model, loader, ckpt_path=checkpoint if checkpoint.exists() else None)
         except SystemExit:
