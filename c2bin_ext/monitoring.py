@@ -218,7 +218,7 @@ class ClusterMonitor:
                 "use. A larger entropy_weight spreads images over clusters.",
             ),
             "same": (
-                k > 1 and images > 1 and information < _LEAST_INFORMATION * math.log(k),
+                images > 1 and information < _LEAST_INFORMATION * math.log(k),
                 "nearly the same assignment comes out for every image. A smaller entropy_weight or "
                 "temperature lets assignments become definite.",
             ),
@@ -226,7 +226,7 @@ class ClusterMonitor:
         for kind, (bad, what) in problems.items():
             if bad and (head, kind) not in self._warned:
                 self._warned.add((head, kind))
-                if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+                if world_size() == 1 or dist.get_rank() == 0:
                     warnings.warn(
                         f"Cluster head {head} of {k} clusters has collapsed: {what}", stacklevel=3
                     )

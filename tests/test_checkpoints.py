@@ -88,8 +88,23 @@ def test_all_kinds_of_mismatch_are_listed_and_long_lists_cut() -> None:
     text = str(caught.value)
     assert "2.bias" in text
     assert "unexpected (21)" in text
-    assert "and 13 more" in text
+    assert "and 13 more; of another shape (1): 0.weight" in text
     assert "(4, 5) instead of (4, 3)" in text
+
+
+def test_a_list_that_just_fits_is_not_cut() -> None:
+    content = checkpoint(network())
+    content["state_dict"].update({f"backbone.extra{i}": torch.ones(1) for i in range(8)})
+    with pytest.raises(ValueError, match=r"extra6, extra7$"):
+        load_backbone(content, network())
+    content["state_dict"]["backbone.last"] = torch.ones(1)
+    with pytest.raises(ValueError, match=r"extra6, extra7 and 1 more$"):
+        load_backbone(content, network())
+
+
+def test_an_empty_checkpoint() -> None:
+    with pytest.raises(ValueError, match=r"got names that start with nothing$"):
+        load_backbone({}, network())
 
 
 def test_no_backbone_in_the_checkpoint() -> None:
@@ -107,7 +122,8 @@ class Settings:
 def test_a_file_with_objects_names_the_way_out(tmp_path: Path) -> None:
     content = {**checkpoint(network()), "cfg": Settings()}
     torch.save(content, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="weights_only=False reads it"):
+    advice = "it holds objects other than weights and plain types, or is no checkpoint; if you "
+    with pytest.raises(ValueError, match=advice + "trust the file, weights_only=False reads it"):
         load_backbone(tmp_path / "last.ckpt", network())
     load_backbone(tmp_path / "last.ckpt", network(), weights_only=False)
 
@@ -117,8 +133,9 @@ def test_an_unreadable_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "broken.ckpt"
     path.write_bytes(content)
     for weights_only in (True, False):
-        with pytest.raises(ValueError, match=r"checkpoint: cannot read .*broken.ckpt"):
+        with pytest.raises(ValueError, match=r"checkpoint: cannot read .*broken.ckpt") as caught:
             load_backbone(path, network(), weights_only=weights_only)
+        assert weights_only or "weights_only" not in str(caught.value)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

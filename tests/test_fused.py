@@ -192,6 +192,15 @@ def test_balance_formula_of_empty_clusters_and_near_balance(
         assert functional.cluster_entropy_regularizer(near) >= 0
 
 
+def test_balance_of_empty_clusters_is_the_formula(formulas: pytest.MonkeyPatch) -> None:
+    inputs = functional.cluster_assignments(torch.tensor([[0.0, 1.0, -1e4], [2.0, 0.0, -1e4]]), [3])
+    empty = inputs[0].requires_grad_()
+    expected = gradients(functional.cluster_entropy_regularizer(empty), empty)
+    formulas.undo()
+    found = gradients(functional.cluster_entropy_regularizer(empty), empty)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("symmetric_alignment", [True, False])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_losses_from_sums_over_ranks(

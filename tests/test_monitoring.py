@@ -125,7 +125,14 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     monitor.reset(loader)
     for first, second, third, fourth, classes in loader:
         monitor.update([first, second], classes, [third, fourth])
-    torch.save(monitor.compute(), f"{folder}/{rank}.pt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = monitor.compute()
+        monitor.reset()
+        monitor.update([one_hot([0] * 40, k) for k in HEADS], torch.zeros(40, dtype=torch.long))
+        monitor.compute()
+    assert len(caught) == (4 if rank == 0 else 0)  # two heads, each onto one cluster
+    torch.save(scores, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -145,7 +152,12 @@ def scored(assignments: Tensor, monitor: ClusterMonitor | None = None) -> list[s
 
 def test_a_collapse_onto_few_clusters_is_said() -> None:
     (message,) = scored(one_hot([4] * 38 + [5] * 2, 40))
-    assert message.startswith("Cluster head 0 of 40 clusters has collapsed: 2 of its clusters")
+    effective = math.exp(-0.95 * math.log(0.95) - 0.05 * math.log(0.05))
+    assert message == (
+        "Cluster head 0 of 40 clusters has collapsed: 2 of its clusters hold an image and "
+        f"{effective:.1f} are effectively in use. A larger entropy_weight spreads images over "
+        "clusters."
+    )
 
 
 def test_a_collapse_onto_one_cluster_is_said() -> None:
@@ -156,7 +168,10 @@ def test_a_collapse_onto_one_cluster_is_said() -> None:
 def test_a_collapse_onto_uniform_assignments_is_said() -> None:
     nearly = torch.full((40, 10), 0.1) + 1e-4 * one_hot([i % 10 for i in range(40)], 10)
     (message,) = scored(nearly / nearly.sum(dim=1, keepdim=True))
-    assert "nearly the same assignment comes out for every image" in message
+    assert message == (
+        "Cluster head 0 of 10 clusters has collapsed: nearly the same assignment comes out for "
+        "every image. A smaller entropy_weight or temperature lets assignments become definite."
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,12 +188,45 @@ def test_more_clusters_than_images_is_no_collapse() -> None:
 def test_a_collapse_is_said_once_until_the_head_recovers() -> None:
     monitor = ClusterMonitor([40])
     bad, good = one_hot([4] * 38 + [5] * 2, 40), one_hot(list(range(40)), 40)
-    assert [len(scored(a, monitor)) for a in (bad, bad, good, bad)] == [1, 0, 0, 1]
+    assert [len(scored(a, monitor)) for a in (bad, bad, bad, good, bad)] == [1, 0, 0, 0, 1]
+
+
+def test_one_image_is_no_collapse() -> None:
+    assert scored(one_hot([3], 100)) == []
+
+
+def test_two_images_with_one_assignment_are() -> None:
+    assert len(scored(torch.full((2, 2), 0.5))) == 2
+    assert len(scored(torch.full((2, 3), 1 / 3))) == 2
+
+
+@pytest.mark.parametrize(("used", "said"), [(5, 0), (4, 1)])
+def test_a_tenth_of_the_clusters_is_enough(used: int, said: int) -> None:
+    # 41 clusters: 1 + 0.1 * (41 - 1) = 5 in use, evenly so that as many are effective.
+    assert len(scored(one_hot([i % used for i in range(60)], 41))) == said
+
+
+def test_the_warning_points_at_the_caller_and_class_zero_is_a_label() -> None:
+    monitor = ClusterMonitor([40])
+    monitor.update([one_hot([4] * 38 + [5] * 2, 40)], torch.zeros(40, dtype=torch.long))
+    with pytest.warns(UserWarning, match="has collapsed") as caught:
+        scores = monitor.compute()
+    assert caught[0].filename == __file__
+    assert scores["val_purity_0_of_40"] == 1.0
 
 
 def test_more_clusters_than_images_in_a_batch() -> None:
-    with pytest.warns(UserWarning, match="A head has 65 clusters but a global batch has 64"):
+    with pytest.warns(UserWarning, match="A head has 65") as caught:
         warn_if_more_clusters_than_images((65, 8), 64)
+    assert str(caught[0].message) == (
+        "A head has 65 clusters but a global batch has 64 images: most clusters get no image in a "
+        "batch, which makes their contrast noisy. Use a larger batch or fewer clusters."
+    )
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="a global batch has 1 images"):
+        warn_if_more_clusters_than_images([2], 1)
+    with pytest.raises(ValueError, match=r"^batch_size: expected an int >= 1, got 0"):
+        warn_if_more_clusters_than_images([2], 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_more_clusters_than_images((64, 8), 64)
