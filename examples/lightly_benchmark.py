@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         began = time.perf_counter()
         try:
             scores = run(args, method, folder)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes an exit of Ctrl-C
             print("Interrupted; the same command goes on from the last epoch.", file=sys.stderr)
             return 130
         except BenchmarkError as error:
