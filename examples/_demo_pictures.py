@@ -133,23 +133,29 @@ def tsne(
     labels = labels[keep]
     figure, axes = plt.subplots(1, len(features), figsize=(3.4 * len(features), 4.3), squeeze=False)
     for axis, (name, rows) in zip(axes.flat, features.items(), strict=True):
-        rows = rows[keep] / np.linalg.norm(rows[keep], axis=1, keepdims=True).clip(1e-12)
-        axis.set(title=name, xticks=[], yticks=[])
-        if np.ptp(rows, axis=0).max() < 1e-6:
-            axis.text(0.5, 0.5, "collapsed:\nall features are equal", ha="center", va="center")
-            continue
-        perplexity = min(30.0, (len(rows) - 1) / 3)
-        points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
-        for label in range(len(classes)):
-            colour, marker = _style(label)
-            chosen = points[labels == label]
-            axis.scatter(
-                chosen[:, 0], chosen[:, 1], s=14, c=colour, marker=marker, alpha=0.8, linewidths=0
-            )
+        axis.set(title=name)
+        embedding(axis, rows[keep], labels, seed)
     figure.subplots_adjust(left=0.01, right=0.99, wspace=0.04)
-    _class_legend(figure, classes, markers=True, top=0.92)
+    class_legend(figure, classes, markers=True, top=0.92)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def embedding(axis: Any, rows: npt.NDArray[Any], labels: npt.NDArray[Any], seed: int) -> None:
+    """Draw the t-SNE of normalised features (n, d), coloured by class."""
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+    axis.set(xticks=[], yticks=[])
+    if np.ptp(rows, axis=0).max() < 1e-6:
+        axis.text(0.5, 0.5, "collapsed:\nall features are equal", ha="center", va="center")
+        return
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
+    for label in np.unique(labels).tolist():
+        colour, marker = _style(label)
+        chosen = points[labels == label]
+        axis.scatter(
+            chosen[:, 0], chosen[:, 1], s=14, c=colour, marker=marker, alpha=0.8, linewidths=0
+        )
 
 
 def clusters(
@@ -160,8 +166,12 @@ def clusters(
     assignments: npt.NDArray[Any],
     rows: int = 16,
     columns: int = 12,
+    sample: int | None = None,
 ) -> None:
-    """Draw the surest test images of a head's largest clusters, one a row, framed by class."""
+    """Draw test images of a head's largest clusters, one a row, framed by class.
+
+    They are the surest of the cluster, or a random sample drawn with the seed `sample`.
+    """
     chosen = assignments.argmax(axis=1)
     sizes = np.bincount(chosen, minlength=assignments.shape[1])
     largest = [c for c in np.argsort(-sizes, kind="stable")[:rows] if sizes[c]]
@@ -173,7 +183,10 @@ def clusters(
     )
     for line, cluster in zip(axes, largest, strict=True):
         members = np.flatnonzero(chosen == cluster)
-        members = members[np.argsort(-assignments[members, cluster], kind="stable")]
+        if sample is None:
+            members = members[np.argsort(-assignments[members, cluster], kind="stable")]
+        else:
+            members = np.random.default_rng([sample, int(cluster)]).permutation(members)
         common = np.bincount(labels[members], minlength=len(classes))
         commonest = _short(classes[int(common.argmax())], 14)
         share = f'{100 * common.max() / len(members):.0f} % "{commonest}"'
@@ -199,7 +212,7 @@ def clusters(
     height = figure.get_size_inches()[1]
     figure.suptitle(
         f"C2BIN, head of {assignments.shape[1]} clusters: the largest on the test images, "
-        "surest images first",
+        f"{'surest images first' if sample is None else 'images drawn at random'}",
         fontsize=10,
         y=1 - 0.15 / height,
         va="top",
@@ -207,12 +220,12 @@ def clusters(
     figure.subplots_adjust(
         left=2.3 / figure.get_size_inches()[0], right=0.99, wspace=0.12, hspace=0.15
     )
-    _class_legend(figure, classes, markers=False, top=1 - 0.45 / height)
+    class_legend(figure, classes, markers=False, top=1 - 0.45 / height)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _class_legend(figure: Any, classes: list[str], markers: bool, top: float) -> None:
+def class_legend(figure: Any, classes: list[str], markers: bool, top: float) -> None:
     """Put a legend of the classes below everything, in room made for it."""
     handles: list[Any] = []
     for label, name in enumerate(classes[:LEGEND_CLASSES]):

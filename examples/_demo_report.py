@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,12 @@ def table(results: dict[str, list[Result]]) -> str:
             seconds = [run["seconds_per_epoch"] for run in runs] if timed else []
             row.append(mean_and_spread(seconds, ".1f") if timed else "")
             rows.append(row)
+    return markdown(head, rows, left=(0, head.index("clusters by")))
+
+
+def markdown(head: list[str], rows: list[list[str]], left: Collection[int] = (0,)) -> str:
+    """Return a Markdown table that reads as plain text too; columns `left` are words."""
     widths = [max(len(row[c]) for row in [head, *rows]) for c in range(len(head))]
-    left = {0, head.index("clusters by")}
 
     def line(cells: list[str]) -> str:
         padded = [

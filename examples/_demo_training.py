@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from c2bin_lightly import evaluate
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 BACKBONES = ("small", "resnet18", "resnet34", "resnet50")
@@ -74,8 +75,11 @@ def features_of(net: nn.Module, images: Tensor, labels: Tensor) -> evaluate.Feat
 class Progress(Callback):
     """Fixes the seed of every epoch, keeps the curves and moves the bars."""
 
-    def __init__(self, label: str, images: Images, seed: int, overall: tqdm[Any]) -> None:
+    def __init__(
+        self, label: str, images: Images, seed: int, overall: tqdm[Any], scored: bool = True
+    ) -> None:
         self.label, self.images, self.seed, self.overall = label, images, seed, overall
+        self.scored = scored
         self.curve: list[dict[str, float]] = []
         self.bar: tqdm[Any] | None = None
         self.began = 0.0
@@ -127,7 +131,8 @@ class Progress(Callback):
             raise DemoError(f"{self.label} diverged in epoch {epoch}: loss {row['train_loss']}")
         shown = {"epoch": f"{epoch}/{epochs}", "loss": f"{row['train_loss']:.3f}"}
         often = max(1, round(epochs / CURVE_POINTS))
-        if trainer.is_global_zero and (epoch % often == 0 or epoch in (1, epochs)):
+        due = self.scored and (epoch % often == 0 or epoch in (1, epochs))
+        if trainer.is_global_zero and due:
             row["knn"] = self.knn(pl_module)
             shown["kNN"] = f"{100 * row['knn']:.1f}"
         self.curve.append(row)
@@ -181,8 +186,29 @@ def fit(
     devices: int,
     precision: Any,
     workers: int,
+    views: Dataset[Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    scored: bool = True,
 ) -> tuple[list[dict[str, float]], bool]:
     """Train a model, from its last finished epoch if `checkpoint` is there.
+
+    Args:
+        model: The method.
+        label: Its name on the bars.
+        images: What to train on.
+        checkpoint: Where the last finished epoch is kept.
+        seed: Of views, order and all else that is drawn.
+        overall: The bar that moves by one an epoch.
+        dataset: Which views make sense.
+        epochs: Passes over the images.
+        batch_size: Of all devices together.
+        accelerator: Lightning's.
+        devices: Above 1: distributed data parallel.
+        precision: Lightning's.
+        workers: Processes that make views, for each device.
+        views: Views already made, keyed by (epoch, index); by default they are made on the way.
+        callbacks: Further ones of Lightning's.
+        scored: Take a kNN score now and then, for the curve.
 
     Returns:
         The curve, one row an epoch, and whether this process is the one that evaluates.
@@ -190,26 +216,27 @@ def fit(
     Raises:
         KeyboardInterrupt: After Ctrl-C.
     """
-    progress = Progress(label, images, seed, overall)
+    progress = Progress(label, images, seed, overall, scored)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         precision=precision,
         max_epochs=epochs,
-        callbacks=[progress, EpochCheckpoint(checkpoint)],
+        callbacks=[progress, *callbacks, EpochCheckpoint(checkpoint)],
         use_distributed_sampler=False,  # EpochSampler shares batches out
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    views = Views(images.train, images.train_labels, view_transform(images, dataset), seed)
+    if views is None:
+        views = Views(images.train, images.train_labels, view_transform(images, dataset), seed)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     resumes = checkpoint.exists()
     start = torch.load(checkpoint, weights_only=True)["epoch"] + 1 if resumes else 0
     loader = DataLoader(
         views,
-        sampler=EpochSampler(len(views), batch_size, seed, rank, devices, start),
+        sampler=EpochSampler(len(images.train), batch_size, seed, rank, devices, start),
         batch_size=batch_size // devices,
         drop_last=True,
         num_workers=workers,

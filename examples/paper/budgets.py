@@ -1,0 +1,96 @@
+"""What a budget means: images, epochs, backbones and which rows of the larger tables are run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paper.published import TABLE4, TABLE9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Everything about a run that is a matter of scale.
+
+    What begins with `clustering_` is for Table 3 and Figures 5 to 11, the rest for Tables 1, 4, 9,
+    Figure 4 and the oracle.
+    """
+
+    name: str
+    dataset: str  # by default
+    seeds: tuple[int, ...]  # by default
+    limit: int | None  # training images, at most
+    limit_test: int | None
+    backbone: str
+    clustering_backbone: str
+    epochs: int
+    clustering_epochs: int
+    snapshots: tuple[int, ...]  # epochs of Figure 5
+    batch_size: int
+    clustering_batch_size: int
+    papers_optimizer: bool  # LARS of Table 5; if not, the demo's SGD with a cosine schedule
+    probe_epochs: int  # of the linear evaluation
+    stored_views: bool  # make the views of a seed once, for all methods
+    rates: tuple[float, ...]  # of Figure 4
+    heads: tuple[tuple[int, ...], ...]  # of Tables 4 and 9
+
+
+BUDGETS = {
+    "smoke": Budget(
+        name="smoke",
+        dataset="digits",
+        seeds=(0,),
+        limit=320,
+        limit_test=100,
+        backbone="small",
+        clustering_backbone="small",
+        epochs=1,
+        clustering_epochs=3,
+        snapshots=(1, 2, 3),
+        batch_size=160,
+        clustering_batch_size=160,
+        papers_optimizer=False,
+        probe_epochs=30,
+        stored_views=True,
+        rates=(1.0, 2.0),
+        heads=((), (32,), (32, 64, 128)),
+    ),
+    # The clusters of Table 10 reach 160: a smaller batch would have fewer images than clusters.
+    "small": Budget(
+        name="small",
+        dataset="cifar10",
+        seeds=(0, 1),
+        limit=2000,
+        limit_test=1000,
+        backbone="small",
+        clustering_backbone="small",
+        epochs=12,
+        clustering_epochs=12,
+        snapshots=(1, 4, 12),
+        batch_size=128,
+        clustering_batch_size=160,
+        papers_optimizer=False,
+        probe_epochs=300,
+        stored_views=True,
+        rates=(1.0, 10.0, 100.0),
+        heads=tuple(TABLE4),
+    ),
+    "full": Budget(
+        name="full",
+        dataset="cifar10",
+        seeds=(0, 1, 2, 3, 4),
+        limit=None,
+        limit_test=None,
+        backbone="resnet18",
+        clustering_backbone="resnet34",
+        epochs=300,
+        clustering_epochs=100,
+        snapshots=(5, 30, 100),
+        batch_size=256,
+        clustering_batch_size=256,
+        papers_optimizer=True,
+        probe_epochs=300,
+        stored_views=False,
+        rates=(1.0, 10.0, 20.0, 50.0, 100.0),
+        heads=(*TABLE4, *TABLE9),
+    ),
+}

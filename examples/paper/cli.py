@@ -1,0 +1,179 @@
+"""The command line of the paper's experiments."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+# OpenMP reads it when torch is loaded. Threads that spin while they wait would take the cores from
+# the loader's workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from _demo_data import TORCHVISION, DemoError
+
+from paper import clusters, features, imagenet
+from paper.budgets import BUDGETS
+from paper.published import DATASETS
+from paper.report import Report, claim, publish
+from paper.runs import Lab
+
+EXPERIMENTS: dict[str, tuple[str, Callable[[Lab], Report]]] = {
+    "table1": ("Table 1: SimCLR, MoCo, MoCo v2, BYOL and C2BIN", features.table1),
+    "table2": ("Table 2: ImageNet, ResNet-50: the commands, and a small check", imagenet.table2),
+    "table3": ("Tables 3 and 11: clusters", clusters.table3),
+    "figure4": ("Figure 4: long-tailed classes", features.figure4),
+    "figure5": ("Figure 5: features as training proceeds", clusters.figure5),
+    "figure6": ("Figures 6 to 8: retrieval", clusters.figure6),
+    "figure9": ("Figures 9 to 11: images by cluster", clusters.figure9),
+    "table4": ("Tables 4 and 9: which heads", features.table4),
+    "oracle": ("section 3: SimCLR without negatives of the same class", features.oracle),
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; a mistake ends in argparse's message."""
+    listed = "\n".join(f"  {name:8} {what}" for name, (what, _) in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python examples/paper",
+        description="Run one experiment of the C2BIN paper, or all of them. Runs are trained once "
+        "and shared; Ctrl-C at any time, and the same command goes on.",
+        epilog=f"experiments:\n{listed}\n  all      every one of them",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "experiment", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT", help="see below"
+    )
+    group = parser.add_argument_group("scale")
+    add = group.add_argument
+    add(
+        "--budget",
+        choices=BUDGETS,
+        default="small",
+        help="smoke: seconds, scores mean nothing; small: an hour of one core (default); full: the "
+        "paper's settings, for a GPU",
+    )
+    add(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="default: smoke 0, small 0 1, full 0-4"
+    )
+    add("--limit", type=int, metavar="N", help="training images, in place of the budget's")
+    add("--limit-test", type=int, metavar="N", help="test images, in place of the budget's")
+    add("--epochs", type=int, metavar="N", help="of every run, in place of the budget's")
+    add(
+        "--formulas",
+        choices=["default", "printed"],
+        default="default",
+        help="C2BINLoss's defaults, or the paper's formulas to the letter",
+    )
+    group = parser.add_argument_group("images")
+    add = group.add_argument
+    add("--dataset", choices=["digits", *TORCHVISION], help="default: smoke digits, else cifar10")
+    add("--data", type=Path, metavar="FOLDER", help="FOLDER/{train,test}/<class>/<image>, or ...")
+    add("--data-root", type=Path, default=Path("data"), help="for downloads (default: ./data)")
+    add("--image-size", type=int, metavar="PIXELS", help="digits 16, stl10 64, others 32")
+    add("--skip-corrupt", action="store_true", help="leave unreadable images out, do not stop")
+    add(
+        "--against",
+        choices=DATASETS,
+        default="cifar10",
+        help="whose numbers stand beside those of images that the paper lacks (default: cifar10)",
+    )
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="default: auto")
+    add(
+        "--precision",
+        choices=["32-true", "bf16-mixed", "16-mixed"],
+        help="default: bf16-mixed on a GPU, 32-true on a CPU; bf16-mixed is faster on newer CPUs",
+    )
+    add("--workers", type=int, help="processes that make views, budget full (default: cores - 1)")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--out", type=Path, default=Path("runs/paper"), help="default: runs/paper")
+    add("--overwrite", action="store_true", help="replace a table that other settings made")
+    add(
+        "--solo",
+        type=Path,
+        metavar="FOLDER",
+        help="table2: a checkout of solo-learn, itself installed, whose scripts to check",
+    )
+    args = parser.parse_args(argv)
+
+    budget = BUDGETS[args.budget]
+    if args.data and args.dataset:
+        parser.error("--data and --dataset exclude each other")
+    args.dataset = args.dataset or ("folder" if args.data else budget.dataset)
+    for name, least in {
+        "limit": 1,
+        "limit_test": 1,
+        "epochs": 1,
+        "image_size": 8,
+        "workers": 0,
+    }.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    args.seeds = list(budget.seeds) if args.seeds is None else args.seeds
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds must be different whole numbers, 0 or more")
+    if args.solo and not (args.solo / "main_pretrain.py").is_file():
+        parser.error(f"--solo: there is no {args.solo / 'main_pretrain.py'}")
+    gpus = torch.cuda.device_count()
+    if args.accelerator == "auto":
+        args.accelerator = "gpu" if gpus else "cpu"
+    if args.accelerator == "gpu" and not gpus:
+        parser.error("--accelerator gpu, but torch sees no GPU")
+    if args.precision is None:
+        args.precision = "bf16-mixed" if args.accelerator == "gpu" else "32-true"
+    if args.workers is None:
+        args.workers = max(1, min(16, (os.cpu_count() or 1) - 1))
+    changes = {name: getattr(args, name) for name in ("limit", "limit_test", "epochs")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if args.epochs:
+        part = args.epochs / budget.clustering_epochs
+        shots = sorted({max(1, round(part * epoch)) for epoch in budget.snapshots})
+        changes |= {"clustering_epochs": args.epochs, "snapshots": tuple(shots)}
+    budget = replace(budget, **changes)
+    args.scale = budget
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    began = time.perf_counter()
+    args = parse(argv)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Advice about loaders that reads memory here, and Lightning's own use of a function that torch
+    # is about to drop.
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module=r"pytorch_lightning.*")
+    try:
+        lab = Lab(args, args.scale)
+        names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
+        for name in names:
+            started = time.perf_counter()
+            settings = claim(lab, name)
+            outcome = EXPERIMENTS[name][1](lab)
+            publish(lab, name, settings, outcome, time.perf_counter() - started)
+        if len(names) > 1:
+            print(f"all: {time.perf_counter() - began:.0f} s. Everything is in {lab.out}")
+    except DemoError as error:
+        print(f"paper: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. Finished runs are kept in {args.out}; the same command goes on from "
+            "there, in the unfinished run after its last whole epoch.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
