@@ -7,6 +7,7 @@ LIGHTLY_CHECKOUT names a checkout of its git repository.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import os
 import signal
@@ -616,6 +617,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not CHECKOUT, reason="LIGHTLY_CHECKOUT names no checkout of lightly")
 class TestScript:
     """lightly's own script: minutes of ResNet-50 at 224 pixels on a CPU."""
+
+    def test_backbones_of_lightlys_own_methods_load(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from torchvision.models import resnet50
+
+        monkeypatch.syspath_prepend(f"{CHECKOUT}/benchmarks/imagenet/resnet50")
+        for name, kind in (("byol", "BYOL"), ("mocov2", "MoCoV2")):
+            method = getattr(importlib.import_module(name), kind)(8, CLASSES)
+            fitted = trainer()
+            fitted.strategy.connect(method)
+            fitted.save_checkpoint(tmp_path / f"{name}.ckpt")
+            net = resnet50()
+            net.fc = nn.Identity()
+            load_backbone(tmp_path / f"{name}.ckpt", net)
+            for key, tensor in method.backbone.state_dict().items():
+                assert torch.equal(net.state_dict()[key], tensor), (name, key)
 
     @pytest.mark.parametrize("devices", [1, 2])
     def test_pretrains_and_evaluates_c2bin(
