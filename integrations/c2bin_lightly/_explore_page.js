@@ -195,10 +195,12 @@
     const certainty = (i) => fraction(scale.certainty[i]);
     parts.push(element("h3", {}, "Most typical"),
       element("p", { className: "quiet" }, "Largest assignment to this cluster, from 0 to 1."),
-      gallery(list.slice(0, SHOWN), certainty),
-      element("h3", {}, "Least certain"),
-      element("p", { className: "quiet" }, "In this cluster, but with the smallest assignment."),
-      gallery(list.slice(-SHOWN).reverse(), certainty));
+      gallery(list.slice(0, Math.min(SHOWN, Math.ceil(list.length / 2))), certainty));
+    if (list.length > 1) {
+      parts.push(element("h3", {}, "Least certain"),
+        element("p", { className: "quiet" }, "In this cluster, but with the smallest assignment."),
+        gallery(list.slice(-Math.min(SHOWN, Math.floor(list.length / 2))).reverse(), certainty));
+    }
     for (const [other, word] of [[s + 1, "Finer"], [s - 1, "Coarser"]]) {
       const next = scales[other];
       if (!next) continue;
@@ -222,17 +224,17 @@
     const text = words.length ? `${images(found.length)} whose name has “${query}”` : `All ${images(n)}`;
     status.textContent = text;
     if (byId("query") !== document.activeElement) byId("query").value = query;
-    return [heading(text), longGallery(found, (i) => data.names[i])];
+    return [heading(text), longGallery(found, (i) => data.names[i].split(/[\\/]/).pop())];
   }
 
   function aboutView() {
     const rows = (pairs) => element("tbody", {}, ...pairs.map(([name, value]) => element("tr", {},
       element("th", { scope: "row" }, name), element("td", {}, value))));
     const parts = [heading("About this page"),
-      element("p", {}, "C2BIN was trained on these images without labels: it learns features that stay " +
-        "alike between random views of an image, and clusters of three sizes whose members agree " +
-        "between views. A training as short as this one finds colour, texture and rough shape " +
-        "sooner than objects: take clusters and neighbours as a way to look around, not as truth."),
+      element("p", {}, "Clusters and neighbours are C2BIN's. Trained without labels, it learns " +
+        "features that stay alike between random views of an image, and clusters of three sizes " +
+        "whose members agree between views. A training as short as this one finds colour, texture " +
+        "and rough shape sooner than objects: take them as a way to look around, not as truth."),
       element("p", {}, "An assignment is a softmax: one near 1 says that the cluster is clear to the " +
         "model, not that it is right. Neighbours are the largest cosine similarities of backbone features."),
       element("h3", {}, "Settings"),
@@ -554,6 +556,7 @@
     waiting = [];
     main.replaceChildren(...views[known]());
     main.dataset.view = known;
+    if (known !== "search" && byId("query") !== document.activeElement) byId("query").value = "";
     for (const link of document.querySelectorAll("nav a")) {
       const here = link.dataset.view === (known === "cluster" ? "clusters" : known);
       if (here) link.setAttribute("aria-current", "page");

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from solo.methods.base import BaseMethod
 from solo.methods.byol import BYOL
 from solo.utils.misc import omegaconf_select
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead
 from c2bin_ext.functional import bootstrap_alignment_loss
@@ -32,6 +33,10 @@ _HEAD = {
     if name != "in_features"
 }
 _CHECKPOINT_KEY = "c2bin_method_kwargs"
+
+
+def _plain(section: DictConfig) -> dict[str, Any]:
+    return cast("dict[str, Any]", OmegaConf.to_container(section))
 
 
 class C2BIN(BYOL):  # type: ignore[misc]
@@ -72,14 +77,14 @@ class C2BIN(BYOL):  # type: ignore[misc]
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        kwargs: dict[str, Any] = OmegaConf.to_container(self.cfg.method_kwargs)
+        kwargs = _plain(self.cfg.method_kwargs)
         self.cluster_head = MultiScaleClusterHead(
             self.features_dim, **{name: kwargs[name] for name in _HEAD}
         )
         self.loss_function = C2BINLoss(**{name: kwargs[name] for name in _LOSS})
         self.cluster_monitor = ClusterMonitor(self.cluster_head.num_clusters)
         # OmegaConf's lists would end up in the optimizer's state, and torch.load would refuse them.
-        self.extra_optimizer_args = OmegaConf.to_container(self.cfg.optimizer.kwargs)
+        self.extra_optimizer_args = _plain(self.cfg.optimizer.kwargs)
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -105,7 +110,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
             )
         for name, default in defaults.items():
             cfg.method_kwargs[name] = omegaconf_select(cfg, f"method_kwargs.{name}", default)
-        kwargs: dict[str, Any] = OmegaConf.to_container(cfg.method_kwargs)
+        kwargs = _plain(cfg.method_kwargs)
         for name in _WIDTHS:
             if type(kwargs[name]) is not int or kwargs[name] < 1:
                 raise ValueError(
@@ -201,10 +206,18 @@ class C2BIN(BYOL):  # type: ignore[misc]
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
+        # Lightning makes the first iterator of a run before it knows the epoch, so with the order and
+        # the workers' seeds of epoch 0, and one for every later epoch after this hook. The
+        # conditions are those of its training epoch loop.
+        loops = self.trainer.fit_loop
+        first = self.current_epoch == 0 or loops.epoch_loop.restarting
+        first = first or getattr(loops, "is_resuming", False)
+        if first and isinstance(self.trainer.train_dataloader, DataLoader):
+            iter(loops._data_fetcher)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the options, for `on_load_checkpoint`."""
-        checkpoint[_CHECKPOINT_KEY] = OmegaConf.to_container(self.cfg.method_kwargs)
+        checkpoint[_CHECKPOINT_KEY] = _plain(self.cfg.method_kwargs)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of other options: solo-learn's auto_resume does not compare them.
@@ -215,7 +228,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
         Raises:
             ValueError: If an entry of `method_kwargs` differs.
         """
-        own = OmegaConf.to_container(self.cfg.method_kwargs)
+        own = _plain(self.cfg.method_kwargs)
         theirs = checkpoint.get(_CHECKPOINT_KEY, own)
         differ = {name: (theirs.get(name), own[name]) for name in own}
         listed = [f"{name} {a!r} -> {b!r}" for name, (a, b) in differ.items() if a != b]

@@ -14,7 +14,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 __all__ = ["C2BINSoloSearchPath"]
 
 
-class C2BINSoloSearchPath(SearchPathPlugin):  # type: ignore[misc]
+class C2BINSoloSearchPath(SearchPathPlugin):
     """Register C2BIN where solo-learn's methods are already imported; elsewhere do nothing."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
