@@ -102,7 +102,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
         """
         cfg.momentum = omegaconf_select(cfg, "momentum", {})
         cfg = super(C2BIN, C2BIN).add_and_assert_specific_cfg(cfg)
-        defaults: dict[str, Any] = _WIDTHS | _HEAD | _LOSS
+        defaults: dict[str, Any] = _WIDTHS | _LOSS | _HEAD
         unknown = sorted(set(cfg.method_kwargs) - set(defaults))
         if unknown:
             raise ValueError(
@@ -206,7 +206,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        # Lightning makes the first iterator of a run before it knows the epoch, so with the order and
+        # Lightning makes a run's first iterator before it knows the epoch, so with the order and
         # the workers' seeds of epoch 0, and one for every later epoch after this hook. The
         # conditions are those of its training epoch loop.
         loops = self.trainer.fit_loop
