@@ -103,7 +103,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--solo",
         type=Path,
         metavar="FOLDER",
-        help="table2: a checkout of solo-learn, itself installed, whose scripts to check",
+        help="table2: a checkout of solo-learn whose scripts to check",
+    )
+    add(
+        "--solo-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="table2: the Python that solo-learn is installed for (default: this one)",
     )
     args = parser.parse_args(argv)
 

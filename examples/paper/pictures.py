@@ -102,8 +102,11 @@ def retrieved(
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=2.5)
         if colour == WRONG:  # for those who cannot tell the colours apart
-            corner = {"transform": axis.transAxes, "color": "white", "backgroundcolor": WRONG}
-            axis.text(0.87, 0.13, "×", ha="center", va="center", fontsize=6, **corner)
+            box = {"facecolor": WRONG, "edgecolor": "none", "pad": 0.8}
+            axis.text(
+                0.9, 0.1, "×", ha="center", va="center", fontsize=6, color="white",
+                transform=axis.transAxes, bbox=box,
+            )  # fmt: skip
 
     for axis in axes.flat:
         axis.set_visible(False)

@@ -1,0 +1,487 @@
+"""examples/paper: what each experiment writes, that runs are shared and resumed, and its parts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightly")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+from torch import nn
+
+PAPER = Path(__file__).parents[2] / "examples" / "paper"
+PICTURES = {
+    "figure4": ["figure4.png"],
+    "figure5": ["figure5.png"],
+    "figure6": ["figure6.png", "figure8.png"],
+    "figure9": ["figure9.png", "figure10.png", "figure11.png"],
+}
+EXPERIMENTS = ("table1", "table2", "table3", "table4", "oracle", *PICTURES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules() -> Iterator[None]:
+    """Put the package on the path, as running it does."""
+    sys.path.insert(0, str(PAPER.parent))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import paper.cli  # noqa: F401
+    yield
+    sys.path.remove(str(PAPER.parent))
+
+
+def command(*arguments: Any) -> list[str]:
+    return [sys.executable, str(PAPER), *map(str, arguments)]
+
+
+def run_paper(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run it as a person does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False, timeout=500,
+        env=environment,
+    )  # fmt: skip
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Return the cells of the first table of a Markdown text, without its rule."""
+    tables = [part for part in text.split("\n\n") if part.startswith("|")]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in tables[0].splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+def run_times(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run every experiment once, in one results folder."""
+    out = tmp_path_factory.mktemp("paper")
+    done = run_paper("all", "--budget", "smoke", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no warnings, no advice
+    return out / "digits-smoke"
+
+
+class TestSmoke:
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_every_experiment_writes_its_files(self, smoke: Path, name: str) -> None:
+        stored = json.loads((smoke / f"{name}.json").read_text())
+        assert stored["settings"]["seeds"] == [0]
+        assert stored["settings"]["budget"]["name"] == "smoke"
+        assert stored["settings"]["images"] == [320, 100]
+        assert stored["versions"]["torch"] == torch.__version__
+        assert stored["hardware"]["cores"] == os.cpu_count()
+        assert stored["results"]
+        text = (smoke / f"{name}.md").read_text()
+        rows = rows_of(text)
+        assert len({len(row) for row in rows}) == 1
+        assert len(rows) > 2
+        for picture in PICTURES.get(name, []):
+            assert f"]({picture})" in text
+            with Image.open(smoke / picture) as image:
+                assert min(image.size) > 200
+                assert np.asarray(image.convert("L")).std() > 5
+
+    def test_tables_have_the_rows_and_the_papers_numbers(self, smoke: Path) -> None:
+        rows = rows_of((smoke / "table1.md").read_text())
+        assert rows[0] == ["method"] + [
+            cell
+            for score in ("LP", "kNN 5", "kNN 200")
+            for cell in (f"{score} mean", "best", "paper, CIFAR-10")
+        ]
+        by_name = {row[0]: row for row in rows[1:]}
+        assert list(by_name)[:5] == ["SimCLR", "MoCo", "MoCo v2", "BYOL", "C2BIN"]
+        assert by_name["C2BIN"][3::3] == ["81.5", "84.8", "84.9"]
+        assert by_name["C2BIN [best]"][1:] == ["", "", "82.3", "", "", "85.9", "", "", "85.3"]
+        results = json.loads((smoke / "table1.json").read_text())["results"]
+        assert by_name["MoCo"][1] == f"{100 * results['MoCo'][0]['linear_best']:.1f}"
+        assert "| C2BIN   |    200 |   256 |         64.4 |" in (smoke / "table2.md").read_text()
+        table3 = (smoke / "table3.md").read_text()
+        assert "0.80 / 0.88 / 0.77" in table3  # SCAN: every row of Table 11 is there
+        ours = {row[0]: row for row in rows_of(table3)}
+        assert ours["C2BIN"][3] == "0.62"
+        assert {"K-means on pixels", "SC on pixels", "AC on pixels"} < set(ours)
+        assert {f"k-means on {name}'s features" for name in ("BYOL", "SimCLR")} < set(ours)
+        assert {"no heads", "{32}", "{32, 64, 128}"} == {
+            row[0] for row in rows_of((smoke / "table4.md").read_text())[1:]
+        }
+
+    def test_runs_are_shared_between_experiments(self, smoke: Path) -> None:
+        # Five methods, three of Table 10, three at rate 2, one more set of heads, the oracle.
+        assert len(list(smoke.glob("runs/*/result.json"))) == 5 + 3 + 3 + 1 + 1
+        assert len(list(smoke.glob("runs/*"))) == 13
+
+    def test_a_second_call_trains_nothing_and_says_the_same(self, smoke: Path) -> None:
+        before, table = run_times(smoke), (smoke / "table4.md").read_bytes()
+        done = run_paper("table4", "--budget", "smoke", "--out", smoke.parent)
+        assert done.returncode == 0, done.stderr
+        assert "3 of 3 runs are there already" in done.stdout
+        assert run_times(smoke) == before
+        assert (smoke / "table4.md").read_bytes() == table
+
+    def test_a_table_of_other_settings_is_not_replaced(self, smoke: Path, capsys: Any) -> None:
+        from paper.cli import main
+
+        before = (smoke / "oracle.json").read_bytes()
+        call = ["oracle", "--budget", "smoke", "--out", str(smoke.parent), "--seeds", "5"]
+        assert main(call) == 2
+        message = capsys.readouterr().err
+        assert "oracle.json was made with other settings (seeds)" in message
+        assert "--overwrite" in message
+        assert (smoke / "oracle.json").read_bytes() == before
+
+    def test_snapshots_are_those_of_the_run(self, smoke: Path) -> None:
+        (folder,) = smoke.glob("runs/clustering-c2bin-*")
+        last, final = np.load(folder / "epoch3.npz"), np.load(folder / "final.npz")
+        assert sorted(last) == ["head0", "head1", "head2", "test"]
+        for name in last:
+            np.testing.assert_allclose(last[name], final[name], atol=1e-5)
+        assert not np.allclose(np.load(folder / "epoch1.npz")["test"], final["test"], atol=1e-3)
+
+
+def test_interrupted_it_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    tiny = ("oracle", "--budget", "smoke", "--epochs", 6)
+    whole = run_paper(*tiny, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+
+    process = subprocess.Popen(
+        command(*tiny, "--out", tmp_path / "cut"), stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    ended = time.monotonic() + 200
+    while not list(tmp_path.glob("cut/*/runs/*oracle*/last.ckpt")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < ended
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("cut/*/oracle.md"))
+    assert not list(tmp_path.glob("cut/*/runs/*oracle*/result.json"))
+
+    done = run_paper(*tiny, "--out", tmp_path / "cut")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 runs are there already" in done.stdout
+    assert "going on after epoch" in done.stdout
+    for path in (tmp_path / "whole").glob("*/runs/*/result.json"):
+        ours, theirs = (
+            json.loads((tmp_path / name / path.relative_to(tmp_path / "whole")).read_text())
+            for name in ("cut", "whole")
+        )
+        for score in ("linear", "knn5", "knn200", "clustering", "precision_at"):
+            assert ours[score] == theirs[score]
+        losses = [[row["train_loss"] for row in run["curve"]] for run in (ours, theirs)]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 6
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["table7"], "invalid choice: 'table7'"),
+            (["table1", "--seeds", "0", "0"], "--seeds must be different"),
+            (["table1", "--epochs", "0"], "--epochs must be at least 1, got 0"),
+            (["table1", "--data", "x", "--dataset", "digits"], "exclude each other"),
+            (["table2", "--solo", "nowhere"], "there is no nowhere/main_pretrain.py"),
+        ],
+    )
+    def test_mistakes_are_named(self, arguments: list[str], message: str, capsys: Any) -> None:
+        from paper.cli import parse
+
+        with pytest.raises(SystemExit) as stopped:
+            parse(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_missing_folder_is_one_line(self, tmp_path: Path, capsys: Any) -> None:
+        from paper.cli import main
+
+        assert main(["table1", "--data", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.endswith("none does not exist\n")
+
+    def test_epochs_move_the_snapshots(self) -> None:
+        from paper.cli import parse
+
+        scale = parse(
+            ["figure5", "--budget", "full", "--dataset", "digits", "--epochs", "20"]
+        ).scale
+        assert (scale.epochs, scale.clustering_epochs, scale.snapshots) == (20, 20, (1, 6, 20))
+
+
+class TestLongTail:
+    @pytest.mark.parametrize(("rate", "classes"), [(1.0, 10), (10.0, 10), (100.0, 10), (50.0, 3)])
+    def test_class_sizes_fall_exponentially(self, rate: float, classes: int) -> None:
+        from paper.subsets import long_tailed
+
+        labels = torch.arange(classes).repeat(200)[torch.randperm(200 * classes)]
+        kept = long_tailed(labels, rate, seed=3)
+        counts = labels[kept].bincount(minlength=classes).tolist()
+        for c, count in enumerate(counts):
+            exact = 200 * math.exp(-math.log(rate) * c / (classes - 1))
+            assert exact - 1 < count <= exact + 1e-6
+        assert counts[0] == 200
+        assert counts[-1] == round(200 / rate)
+        assert kept.unique().numel() == kept.numel()
+
+    def test_is_nested_and_fixed_by_its_seed(self) -> None:
+        from paper.subsets import long_tailed
+
+        labels = torch.arange(10).repeat_interleave(50)
+        ten, hundred = (set(long_tailed(labels, rate, 0).tolist()) for rate in (10.0, 100.0))
+        assert hundred < ten
+        assert ten == set(long_tailed(labels, 10.0, 0).tolist())
+        assert ten != set(long_tailed(labels, 10.0, 1).tolist())
+
+    def test_keeps_an_image_of_every_class(self) -> None:
+        from paper.subsets import long_tailed
+
+        labels = torch.arange(10).repeat_interleave(5)
+        assert labels[long_tailed(labels, 100.0, 0)].bincount().tolist()[-1] == 1
+
+    def test_a_rate_below_one_is_refused(self) -> None:
+        from _demo_data import DemoError
+        from paper.subsets import long_tailed
+
+        with pytest.raises(DemoError, match=r"at least 1, got 0\.5"):
+            long_tailed(torch.tensor([0, 1]), 0.5, 0)
+
+
+class TestSuperclasses:
+    # The coarse label of each of the 100 fine labels, as the data set's own files pair them.
+    COARSE = (
+        "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 "
+        "9 11 5 5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 "
+        "0 1 16 12 9 13 15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
+    )
+
+    def test_are_the_published_ones(self) -> None:
+        from paper.subsets import SUPERCLASSES, superclasses
+
+        fine = sorted(name for names in SUPERCLASSES.values() for name in names.split())
+        assert len(fine) == len(set(fine)) == 100
+        assert superclasses(fine).tolist() == [int(label) for label in self.COARSE.split()]
+
+    def test_replace_the_labels(self) -> None:
+        from _demo_data import Images
+        from paper.subsets import SUPERCLASSES, with_superclasses
+
+        fine = sorted(name for names in SUPERCLASSES.values() for name in names.split())
+        pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+        labels = torch.tensor([fine.index("beaver"), fine.index("tractor")])
+        images = with_superclasses(Images(pixels, labels, pixels, labels.flip(0), fine, "x"))
+        assert images.train_labels.tolist() == [0, 19]
+        assert images.test_labels.tolist() == [19, 0]
+        assert images.classes[19] == "vehicles_2"
+
+    def test_other_classes_are_refused(self) -> None:
+        from _demo_data import DemoError
+        from paper.subsets import superclasses
+
+        with pytest.raises(DemoError, match="CIFAR-100's 100 classes, got 2"):
+            superclasses(["cat", "dog"])
+
+
+class TestOracle:
+    def test_is_the_loop(self) -> None:
+        from paper.methods import contrast_across_classes
+
+        generator = torch.Generator().manual_seed(0)
+        z0, z1 = torch.randn(2, 7, 5, generator=generator)
+        labels = torch.tensor([0, 1, 0, 2, 1, 1, 3])
+        views = torch.cat([z0, z1]).double().tolist()
+        classes = labels.tolist() * 2
+
+        def cosine(a: list[float], b: list[float]) -> float:
+            dot = sum(x * y for x, y in zip(a, b, strict=True))
+            return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+        total = 0.0
+        for i in range(14):
+            partner = (i + 7) % 14
+            pull = math.exp(cosine(views[i], views[partner]) / 0.3)
+            push = sum(
+                math.exp(cosine(views[i], views[j]) / 0.3)
+                for j in range(14)
+                if classes[j] != classes[i]
+            )
+            total -= math.log(pull / (pull + push)) / 14
+        ours = contrast_across_classes(z0, z1, labels, 0.3)
+        assert ours.item() == pytest.approx(total, rel=1e-5)
+
+    def test_with_all_classes_apart_it_is_simclr(self) -> None:
+        from lightly.loss import NTXentLoss
+        from paper.methods import contrast_across_classes
+
+        z0, z1 = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
+        ours = contrast_across_classes(z0, z1, torch.arange(9), 0.5)
+        torch.testing.assert_close(ours, NTXentLoss(temperature=0.5)(z0, z1))
+
+    def test_the_method_reads_the_labels(self) -> None:
+        from paper.methods import OracleSimCLR
+
+        torch.manual_seed(0)
+        model = OracleSimCLR(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), 8, hidden_dim=8)
+        logged: dict[str, Any] = {}
+        model.log_losses = lambda losses, n: logged.update(losses, n=n)  # type: ignore[method-assign]
+        views = tuple(torch.rand(2, 6, 3, 2, 2))
+        alone = model.training_step((views, torch.zeros(6, dtype=torch.long)), 0)
+        apart = model.training_step((views, torch.arange(6)), 0)
+        assert alone.item() == pytest.approx(0.0, abs=1e-6)  # nothing to push away
+        assert apart.item() > 1
+        assert logged["n"] == 6
+
+
+def test_moco_is_mocov2_with_a_linear_projector() -> None:
+    from paper.methods import MoCo
+
+    model = MoCo(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), 8, queue_size=64)
+    assert isinstance(model.projector, nn.Linear)
+    assert model.projector.weight.shape == (128, 8)
+    assert torch.equal(model.projector.weight, model.follower_projector.weight)
+    assert not any(p.requires_grad for p in model.follower_projector.parameters())
+    torch.autograd.backward(model.losses(*torch.rand(2, 6, 3, 2, 2))["loss"])
+    assert model.projector.weight.grad is not None
+
+
+def test_linear_evaluation_trains_each_rate_alone() -> None:
+    from c2bin_lightly.evaluate import Features
+    from lightly.utils.lars import LARS
+    from paper.probe import linear_evaluation
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 6, generator=generator)
+    labels = torch.arange(4).repeat(40)
+    parts = [
+        Features(centres[labels] + torch.randn(160, 6, generator=generator), labels)
+        for _ in range(2)
+    ]
+    rates, together = (0.5, 5.0, 50.0), []
+    together = linear_evaluation(*parts, epochs=12, rates=rates, batch_size=50, seed=3)
+    for rate, ours in zip(rates, together, strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            classifier = nn.Linear(6, 4)
+        optimizer = LARS(
+            [
+                {"params": [classifier.weight], "weight_decay": 1e-6},
+                {"params": [classifier.bias], "weight_decay": 0.0},
+            ],
+            lr=rate,
+            momentum=0.9,
+        )
+        order = torch.Generator().manual_seed(3)
+        for _ in range(12):
+            for batch in torch.randperm(160, generator=order).split(50):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(
+                    classifier(parts[0].features[batch]), labels[batch]
+                )
+                torch.autograd.backward(loss)
+                optimizer.step()
+        right = classifier(parts[1].features).argmax(dim=1) == labels
+        assert ours == pytest.approx(float(right.float().mean()), abs=0.01)
+    assert len(set(together)) > 1
+
+
+def test_stored_views_are_the_views(tmp_path: Path) -> None:
+    from _demo_data import Views, digits, view_transform
+    from paper.runs import StoredViews
+
+    images = digits(16)
+    views = Views(images.train[:5], images.train_labels[:5], view_transform(images, "digits"), 7)
+    stored = StoredViews(tmp_path / "views.npy", views, 2, 16)
+    assert len(stored) == 5
+    for key in ((0, 0), (1, 4)):
+        (a0, a1), label = views[key]
+        (b0, b1), same = stored[key]
+        assert label == same
+        # Eight bits a channel are all that the transforms' images have.
+        torch.testing.assert_close(b0, a0, atol=1e-5, rtol=0)
+        torch.testing.assert_close(b1, a1, atol=1e-5, rtol=0)
+    written = (tmp_path / "views.npy").stat().st_mtime_ns
+    StoredViews(tmp_path / "views.npy", views, 2, 16)
+    assert (tmp_path / "views.npy").stat().st_mtime_ns == written
+
+
+def test_pixel_clusters_find_what_is_plain() -> None:
+    from paper.clusters import pixel_clusters
+
+    shades = torch.tensor([0, 120, 250]).repeat(20)
+    noise = torch.randint(0, 5, (60, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    images = (shades[:, None, None, None] + noise).to(torch.uint8)
+    for name, found in pixel_clusters(images, 3, 0).items():
+        groups = {tuple(sorted(found[shades == s].unique().tolist())) for s in (0, 120, 250)}
+        assert len(groups) == 3, name
+        assert all(len(group) == 1 for group in groups), name
+
+
+class TestReport:
+    @staticmethod
+    def result(linear: float) -> dict[str, float]:
+        return {"linear_best": linear, "knn5": linear - 0.1, "knn200": linear - 0.2}
+
+    def test_a_row_has_mean_best_and_the_papers_number(self) -> None:
+        from paper.published import Accuracy
+        from paper.report import accuracy_table
+
+        rows = {"BYOL": [self.result(0.5), self.result(0.7)]}
+        papers = {"BYOL": Accuracy(80.8, None, 79.7), "DC": Accuracy(None, None, 67.6)}
+        table = rows_of(accuracy_table(rows, papers, "stl10"))
+        assert table[0][1:4] == ["LP mean", "best", "paper, STL-10"]
+        assert table[1] == [
+            *("BYOL", "60.0 ± 14.1", "70.0", "80.8", "50.0 ± 14.1", "60.0", "-"),
+            *("40.0 ± 14.1", "50.0", "79.7"),
+        ]
+        assert table[2] == ["DC", "", "", "-", "", "", "-", "", "", "67.6"]
+
+    def test_ranking_says_where_c2bin_loses(self) -> None:
+        from paper.report import ranking
+
+        rows = {"BYOL": [self.result(0.5)], "C2BIN": [self.result(0.4)]}
+        assert ranking(rows).startswith("LP: C2BIN is 2 of 2, 10.0 points behind BYOL; kNN 5:")
+        rows["C2BIN"] = [self.result(0.7)]
+        assert ranking(rows).startswith("LP: C2BIN is 1 of 2, 20.0 points ahead of BYOL")
+
+
+def test_published_numbers_agree_with_each_other() -> None:
+    """The paper repeats some of its numbers; a slip of the pen would break that."""
+    from paper.published import TABLE1, TABLE2, TABLE4, TABLE9, TABLE11
+
+    assert TABLE4[()] == TABLE1["BYOL"]["stl10"]
+    assert TABLE4[32, 64, 128] == TABLE1["C2BIN [best]"]["stl10"]
+    for table in (TABLE1, TABLE11):
+        for name, mean in table["C2BIN [mean]"].items():
+            best = table["C2BIN [best]"][name]
+            assert all(m <= b for m, b in zip(mean, best, strict=True))
+    # Table 9 prints its differences to the first row.
+    gaps = {
+        (8,): -8.72, (16,): -4.94, (8, 8, 8): -7.92, (16, 16, 16): -3.92,
+        (512, 512, 512): -3.5, (8, 16, 32): -0.5, (16, 32, 64): -0.09,
+    }  # fmt: skip
+    for heads, gap in gaps.items():
+        assert TABLE9[heads] - TABLE4[32, 64, 128].linear == pytest.approx(gap, abs=0.005)
+    assert len(TABLE11) == 21
+    assert len(TABLE2) == 9
+    # The abstract of Table 2: a tenth of a point over BYOL, 3.1 behind MoCo v2 at 200 epochs.
+    top1 = {name: accuracy for name, epochs, _, accuracy in TABLE2 if epochs == 200}
+    assert top1["C2BIN"] - top1["BYOL"] == pytest.approx(0.1)
