@@ -479,7 +479,8 @@ class C2BIN(BYOL):
         """Log the scores of each head."""
         super().on_validation_epoch_end()
         if not self.trainer.sanity_checking:
-            self.log_dict(self.monitor.compute(), sync_dist=False)
+            # Equal on all ranks already; without sync_dist, Lightning warns of each of them.
+            self.log_dict(self.monitor.compute(), sync_dist=True)
 
     def objective(
         self,

@@ -478,6 +478,7 @@ from torch.utils.data import DataLoader, Dataset
 import c2bin_lightly
 
 warnings.filterwarnings("ignore")
+warnings.filterwarnings("error", message=".*sync_dist.*")
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 mode, folder, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
