@@ -30,6 +30,7 @@ CHOICES: dict[str, list[str]] = {
     "entropy summed": ["reduction=sum"],
     "temperature 0.1": ["temperature=0.1"],
     "cluster weight 0.5": ["cluster_weight=0.5"],
+    "statistics over 10 steps": ["running_decay=0.9"],
     "as printed": [
         "similarity=dot",
         "positive_in_denominator=False",
@@ -65,11 +66,13 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--limit", type=int, help="at most this many training images")
+    parser.add_argument("--num-clusters", type=int, nargs="+", default=[32, 64, 128], metavar="K")
     parser.add_argument("--only", nargs="+", choices=[*CHOICES], default=[*CHOICES])
     args = parser.parse_args()
 
     shared = ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
     shared += ["--seeds", *map(str, args.seeds)]
+    shared += ["--num-clusters", *map(str, args.num_clusters)]
     shared += ["--limit", str(args.limit)] if args.limit else []
     runs = {"BYOL, no cluster terms": ("byol", [])}
     runs |= {choice: ("c2bin", CHOICES[choice]) for choice in args.only}

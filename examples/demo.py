@@ -334,13 +334,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+    if min(args.num_clusters) < 2:
+        parser.error(f"--num-clusters must each be at least 2, got {min(args.num_clusters)}")
     try:
         args.loss = dict(map(option_of, args.loss))
+        if args.loss.get("running_decay"):
+            args.loss.setdefault("num_clusters", args.num_clusters)
         C2BINLoss(**args.loss)
     except (TypeError, ValueError) as error:
         parser.error(f"--loss: {error}")
-    if min(args.num_clusters) < 2:
-        parser.error(f"--num-clusters must each be at least 2, got {min(args.num_clusters)}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds must be different whole numbers, 0 or more")
     if args.batch_size % args.devices:
