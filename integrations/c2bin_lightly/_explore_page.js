@@ -367,7 +367,7 @@
         if (!groups.has(k)) groups.set(k, []);
         groups.get(k).push(i);
       }
-      const pictures = visible <= Math.max(40, (width * height) / 3500);
+      const pictures = visible <= Math.max(40, (width * height) / 2000);
       const least = Math.max(1.5, Math.min(4, 150 / Math.sqrt(n)));
       const radius = Math.min(5, least * Math.sqrt(Math.max(1, view.zoom))), edge = 44;
       for (const [k, list] of groups) {
