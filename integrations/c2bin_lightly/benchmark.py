@@ -224,9 +224,14 @@ def register(
         raise ValueError("methods: expected no entry 'c2bin', got one: it is registered already")
 
     # The scripts look at the signature to see whether a method has an online kNN.
+    # Those that have none, vitb16's and older ones, give no arguments for it.
     class WithKNN(C2BINResNet50):
         def __init__(
-            self, batch_size_per_device: int, num_classes: int, knn_k: int, knn_t: float
+            self,
+            batch_size_per_device: int,
+            num_classes: int,
+            knn_k: int | None = None,
+            knn_t: float | None = None,
         ) -> None:
             super().__init__(batch_size_per_device, num_classes, knn_k, knn_t, **options)
 

@@ -142,6 +142,12 @@ class TestImageNetForm:
         assert with_knn["c2bin"]["transform"] is c2bin_lightly.transform
         assert set(without) == {"byol", "c2bin"}
 
+    def test_scripts_that_know_no_online_knn_build_it_too(self, small: None) -> None:
+        methods: dict[str, Any] = {}
+        register(methods, num_clusters=(3, 5))
+        model = methods["c2bin"]["model"](batch_size_per_device=8, num_classes=CLASSES)
+        assert model.knn_classifier is None
+
     def test_mistakes_are_named(self, small: None, complains: Any) -> None:
         methods: dict[str, Any] = {}
         with complains(TypeError, "clusters", "num_clusters"):
