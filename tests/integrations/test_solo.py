@@ -528,15 +528,15 @@ class TestPackage:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs of nothing: four classes of 12 and 3 images of 32 pixels."""
+    """Five classes, as many as main_linear needs, of 12 and 3 images of noise, 32 pixels wide."""
     root = tmp_path_factory.mktemp("images")
     draw = torch.Generator().manual_seed(0)
     for split, count in (("train", 12), ("test", 3)):
-        for label in range(4):
+        for label in range(5):
             folder = root / split / f"class{label}"
             folder.mkdir(parents=True)
             for number in range(count):
-                pixels = torch.randint(60 * label, 60 * label + 75, (32, 32, 3), generator=draw)
+                pixels = torch.randint(45 * label, 45 * label + 75, (32, 32, 3), generator=draw)
                 Image.fromarray(pixels.byte().numpy()).save(folder / f"{number}.png")
     return root
 
