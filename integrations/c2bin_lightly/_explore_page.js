@@ -292,16 +292,8 @@
     detail.scrollTop = 0;
     byId("detail-name").focus();
   }
-  let opener = null;
-  document.addEventListener("click", (event) => {
-    const button = event.target.closest && event.target.closest("button.image");
-    if (button && !detail.contains(button)) opener = button;
-  }, true);
   detail.addEventListener("close", () => {
-    if (location.hash.startsWith("#/image/")) {
-      history.replaceState(null, "", lastView);
-      if (opener && opener.isConnected) opener.focus();
-    }
+    if (location.hash.startsWith("#/image/")) history.replaceState(null, "", lastView);
   });
   detail.addEventListener("click", (event) => { if (event.target === detail) detail.close(); });
 
@@ -507,7 +499,6 @@
       { type: "button", className: "tool", "aria-label": label, onclick: act }, text);
     const sizes = new ResizeObserver(resize);
     sizes.observe(canvas);
-    opener = canvas;
     paintLegend();
     // After layout, for the cross of a target needs the size.
     requestAnimationFrame(() => {

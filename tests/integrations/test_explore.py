@@ -43,7 +43,8 @@ sys.path.pop(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
 
 QUICK = ("--epochs", "2", "--image-size", "16", "--device", "cpu")
-EVIL = "</script><img src=x onerror=alert(1)> \"quoted\" & 'co'.png"
+# A folder "…<" and a file "script>…" in it: as a path, the end of a script element.
+EVIL = "<b></script><img src=x onerror=alert(1)> \"quoted\" & 'co'.png"
 
 
 def solid(index: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -55,7 +56,7 @@ def messy(folder: Path) -> tuple[set[str], dict[str, str]]:
     """Fill a folder; return the images that are to be read, and why others are not."""
     good: dict[str, Image.Image] = {
         "holiday photos/größe ä.png": solid(1),
-        f"holiday photos/{EVIL.replace('/', '⁄')}": solid(2),
+        f"holiday photos/{EVIL}": solid(2),
         "holiday photos/deep/er/pan orama.jpg": solid(3, (900, 10)),
         "holiday photos/one pixel.png": solid(4, (1, 1)),
         "scans/grey.png": Image.linear_gradient("L"),
@@ -438,6 +439,31 @@ def test_interrupted_run_goes_on_to_the_same_end(
     pages_ = [(tmp_path / name / "index.html").read_bytes() for name in ("whole", "parts")]
     assert pages_[0] == pages_[1]
     assert not (out / "unfinished").exists()
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of an epoch share no image; seed and epoch decide the order."""
+    monkeypatch.setattr(training._Progress, "on_train_epoch_end", lambda *_: None)
+    pixels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+    orders = []
+    for seed in (0, 0, 1):
+        seen: list[list[int]] = []
+
+        def get(self: Any, indices: torch.Tensor, seen: list[list[int]] = seen) -> torch.Tensor:
+            seen.append(indices.tolist())
+            return pixels[indices]
+
+        monkeypatch.setattr(training._Pixels, "__getitem__", get)
+        settings = training.Settings("small", 16, (2, 3, 4), 3, 5, seed)
+        training.train(pixels, settings, tmp_path / f"{len(orders)}.ckpt", "cpu")
+        assert [len(batch) for batch in seen] == [5] * 6
+        for epoch in range(3):
+            assert len({*seen[2 * epoch], *seen[2 * epoch + 1]}) == 10
+        orders.append(seen)
+    assert orders[0] == orders[1] != orders[2]
+    assert len({tuple(orders[0][2 * epoch]) for epoch in range(3)}) == 3
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
