@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lightly.utils.benchmarking import KNNClassifier
+
 from c2bin_lightly.benchmark import register
 
 EPILOG = """\
@@ -78,6 +80,21 @@ def load(script: Path) -> ModuleType:
     return module
 
 
+def let_nested_knn_be_quiet() -> None:
+    """Keep lightly's kNN from logging where it is part of a method, as in lightly's own SimCLR.
+
+    Lightning lets only the module that it trains log, and stops the run otherwise. The method logs
+    what the kNN returns, so nothing is lost; a kNN that is evaluated by itself logs as before.
+    """
+    log_dict = KNNClassifier.log_dict
+
+    def quiet(self: KNNClassifier, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.lightning_module is self:
+            log_dict(self, *args, **kwargs)
+
+    KNNClassifier.log_dict = quiet
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Register C2BIN with the script's methods, then run its main with its own arguments."""
     args = parse(argv)
@@ -88,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"python -m c2bin_lightly: error: {args.script} is no ImageNet benchmark of lightly: "
             f"it has no {' and no '.join(missing) or 'dict METHODS'}"
         )
+    let_nested_knn_be_quiet()
     options = {} if args.num_clusters is None else {"num_clusters": args.num_clusters}
     register(script.METHODS, online_knn=not args.no_online_knn, **options)
     script.main(**vars(script.parser.parse_args(args.arguments)))

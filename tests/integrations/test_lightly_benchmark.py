@@ -28,7 +28,7 @@ import c2bin_lightly
 from c2bin_lightly import __main__ as launcher
 from c2bin_lightly import benchmark, load_backbone, register
 from lightly.utils.benchmarking import KNNClassifier, LinearClassifier, MetricCallback
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from sklearn.metrics import normalized_mutual_info_score
 
 # Lightning's own calls of what torch and the operating system are about to drop.
@@ -47,6 +47,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "C2BINBenchmark": {"num_clusters": (3, 5)},
 }
 CLASSES = 6
+KNN: dict[str, Any] = {
+    **{"num_classes": CLASSES, "knn_k": 1, "knn_t": 0.1, "topk": (1,)},
+    **{"train_dataloader_idx": 0, "val_dataloader_idx": 1},
+}
 
 
 class Images(Dataset[Any]):
@@ -351,6 +355,39 @@ class TestLauncher:
         assert expected in capsys.readouterr().err
 
 
+class NestedKNN(LightningModule):
+    """A method with lightly's kNN inside, as in lightly's own SimCLR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.knn_classifier = KNNClassifier(None, **KNN)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        images, labels, _ = batch
+        features = (images.flatten(start_dim=1), labels)
+        scores = self.knn_classifier.validation_step(features, batch_idx, dataloader_idx)
+        if scores is not None:
+            own = {f"own_{name}": value for name, value in scores.items()}
+            self.log_dict(own, batch_size=len(labels))
+
+
+def test_launcher_lets_a_method_log_for_the_knn_inside_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaders = [batches(), batches(seed=8)]
+    # Puts the class back at the end.
+    monkeypatch.setattr(KNNClassifier, "log_dict", KNNClassifier.log_dict)
+    with pytest.raises(Exception, match=r"not managed by the `Trainer` control flow"):
+        trainer().validate(NestedKNN(), loaders, verbose=False)
+    launcher.let_nested_knn_be_quiet()
+    (_, found) = trainer().validate(NestedKNN(), loaders, verbose=False)
+    alone = KNNClassifier(nn.Flatten(), **KNN)
+    (_, logged) = trainer().validate(alone, loaders, verbose=False)
+    assert list(found.values()) == list(logged.values())
+    assert next(iter(found)).startswith("own_val_knn_top1")
+    assert next(iter(logged)).startswith("val_knn_top1")
+
+
 @pytest.mark.parametrize("name", FORMS)
 class TestCifarForm:
     def test_keeps_the_best_accuracy_of_lightlys_knn(self, name: str) -> None:
@@ -478,7 +515,7 @@ import logging, os, random, signal, sys, warnings
 from pathlib import Path
 import numpy as np
 import torch
-from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 import c2bin_lightly
