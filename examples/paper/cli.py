@@ -76,7 +76,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("images")
     add = group.add_argument
     add("--dataset", choices=["digits", *TORCHVISION], help="default: smoke digits, else cifar10")
-    add("--data", type=Path, metavar="FOLDER", help="FOLDER/{train,test}/<class>/<image>, or ...")
+    add(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="images of your own: FOLDER/{train,test}/<class>/<image>, or FOLDER/<class>/<image>",
+    )
     add("--data-root", type=Path, default=Path("data"), help="for downloads (default: ./data)")
     add("--image-size", type=int, metavar="PIXELS", help="digits 16, stl10 64, others 32")
     add("--skip-corrupt", action="store_true", help="leave unreadable images out, do not stop")
