@@ -956,3 +956,19 @@ def test_the_package_alone_does_not_import_the_extra() -> None:
         """
     )
     assert printed == "[]\n"
+
+
+def test_rows_of_very_different_length_keep_their_direction() -> None:
+    """Squares of 1e-200 and of 1e200 are 0 and inf in float64; cosines do not care."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    scales = torch.tensor([1e-200, 1.0, 1e200], dtype=torch.float64).repeat(4)[:, None]
+    labels = [0, 1, 2, 1, 0, 2, 0, 1, 2, 2, 1, 0]
+    plain = metrics.retrieval_precision(features, labels, k=3)
+    assert 0 < plain < 1
+    assert metrics.retrieval_precision(features * scales, labels, k=3) == plain
+
+
+def test_a_label_too_few_is_counted() -> None:
+    with pytest.raises(ValueError, match="4 rows and 3 labels"):
+        metrics.retrieval_precision(torch.eye(4), [0, 1, 2], k=1)
