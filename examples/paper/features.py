@@ -25,7 +25,7 @@ def specs(*methods: str) -> list[Spec]:
 
 def table1(lab: Lab) -> Report:
     """Compare SimCLR, MoCo, MoCo v2, BYOL and C2BIN."""
-    results = lab.results(specs("simclr", "moco", "mocov2", "byol", "c2bin"))
+    results = lab.results(specs("untrained", "simclr", "moco", "mocov2", "byol", "c2bin"))
     rows = {KINDS[spec.method][0]: runs for spec, runs in results.items()}
     column = paper_column(lab)
     papers = {label: scores[column] for label, scores in TABLE1.items() if column in scores}

@@ -39,7 +39,10 @@ from paper.methods import MoCo, OracleSimCLR
 from paper.probe import LEARNING_RATES, linear_evaluation
 from paper.subsets import thinned, with_superclasses
 
+# The floor: what the backbone gives before any training.
+FLOOR = "untrained"
 KINDS: dict[str, tuple[str, type[LightningModule]]] = {
+    FLOOR: (FLOOR, SimCLR),
     "simclr": ("SimCLR", SimCLR),
     "moco": ("MoCo", MoCo),
     "mocov2": ("MoCo v2", MoCoV2),
@@ -184,6 +187,7 @@ class Lab:
             options = {"hidden_dim": 512, "projection_dim": 512, "follower_momentum": momentum}
         if spec.method == "moco":
             del options["hidden_dim"]
+        epochs = budget.clustering_epochs if spec.clustering else budget.epochs
         loss: dict[str, Any] = {}
         if spec.method == "c2bin":
             options["num_clusters"] = spec.clusters
@@ -202,7 +206,7 @@ class Lab:
             "image_size": images.size,
             "pixels": self._digests[key],
             "backbone": budget.clustering_backbone if spec.clustering else budget.backbone,
-            "epochs": budget.clustering_epochs if spec.clustering else budget.epochs,
+            "epochs": 0 if spec.method == FLOOR else epochs,
             "batch_size": batch,
             "precision": self.args.precision,
             "optimization": rate,
@@ -270,24 +274,26 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "settings.json", json.dumps(settings, indent=1))
         model, epochs = self.model(spec, seed), settings["epochs"]
-        curve, _ = fit(
-            model,
-            spec.label,
-            images,
-            folder / "last.ckpt",
-            seed,
-            overall,
-            dataset=self.args.dataset,
-            epochs=epochs,
-            batch_size=settings["batch_size"],
-            accelerator=self.args.accelerator,
-            devices=1,
-            precision=self.args.precision,
-            workers=0 if self.budget.stored_views else self.args.workers,
-            views=self.views(images, seed, epochs) if self.budget.stored_views else None,
-            callbacks=[Snapshots(folder, images, settings["snapshots"])],
-            scored=False,
-        )
+        curve = list[dict[str, float]]()
+        if epochs:
+            curve, _ = fit(
+                model,
+                spec.label,
+                images,
+                folder / "last.ckpt",
+                seed,
+                overall,
+                dataset=self.args.dataset,
+                epochs=epochs,
+                batch_size=settings["batch_size"],
+                accelerator=self.args.accelerator,
+                devices=1,
+                precision=self.args.precision,
+                workers=0 if self.budget.stored_views else self.args.workers,
+                views=self.views(images, seed, epochs) if self.budget.stored_views else None,
+                callbacks=[Snapshots(folder, images, settings["snapshots"])],
+                scored=False,
+            )
         result = self.score(model, images, seed)
         result["training_seconds"] = sum(row["seconds"] for row in curve)
         result["curve"] = curve
