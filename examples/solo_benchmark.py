@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,8 @@ class BenchmarkError(Exception):
 
 def main() -> None:
     arguments = parse()
+    # A scheduler's stop is Ctrl-C: else the script that is running would go on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(arguments)
     except BenchmarkError as error:
@@ -242,7 +245,7 @@ def execute(arguments: list[str], work: Path, bar: Any) -> Path:
             while process.poll() is None:
                 time.sleep(1)
                 bar.set_postfix_str(last_line(log), refresh=True)
-        except KeyboardInterrupt:
+        except BaseException:
             process.terminate()
             process.wait()
             raise

@@ -486,6 +486,37 @@ def python(*arguments: str, cwd: Path, ok: bool = True) -> str:
     return output
 
 
+class TestRanks:
+    PROGRAM = """
+        import json
+        import sys
+        import warnings
+
+        warnings.simplefilter("ignore")
+        sys.path.insert(0, TESTS)
+        from test_solo import C2BIN, DataLoader, _Views, config, torch, trainer
+
+        devices = int(sys.argv[1])
+        torch.manual_seed(0)
+        run = trainer(".", 1, devices=devices, strategy="ddp" if devices > 1 else "auto")
+        run.validate(C2BIN(config()), DataLoader(_Views(11, views=0), batch_size=2), verbose=False)
+        if run.is_global_zero:
+            scores = {k: float(v) for k, v in run.callback_metrics.items() if "_of_" in k}
+            print("SCORES", json.dumps(scores))
+    """
+
+    def test_scores_do_not_count_images_twice(self, tmp_path: Path) -> None:
+        program = f"TESTS = {str(Path(__file__).parent)!r}\n" + textwrap.dedent(self.PROGRAM)
+        (tmp_path / "program.py").write_text(program)
+        scores = []
+        for devices in ("1", "2"):
+            lines = python("program.py", devices, cwd=tmp_path).splitlines()
+            (line,) = [line for line in lines if line.startswith("SCORES")]
+            scores.append(json.loads(line.partition(" ")[2]))
+        assert len(scores[0]) == 2 * 7
+        assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+
+
 class TestHydraPlugin:
     PROGRAM = """
         import sys
@@ -541,8 +572,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def arguments(images: Path, *more: str, linear: bool = False) -> list[str]:
-    name = "c2bin-linear-cifar10" if linear else "c2bin-cifar10"
+def arguments(images: Path, *more: str, name: str = "c2bin-cifar10") -> list[str]:
+    linear = "linear" in name
     common = [
         *("--config-name", name, "accelerator=cpu", "strategy=auto", "precision=32"),
         *("sync_batchnorm=False", "devices='1'", "data.dataset=custom", "data.num_workers=1"),
@@ -575,7 +606,7 @@ class TestScripts:
 
     def test_linear_evaluation(self, trained: Path, images: Path) -> None:
         given = f"pretrained_feature_extractor='{checkpoint(trained)}'"
-        more = arguments(images, given, "++limit_train_batches=1", linear=True)
+        more = arguments(images, given, "++limit_train_batches=1", name="c2bin-linear-cifar10")
         python(f"{CHECKOUT}/main_linear.py", *more, cwd=trained)
         assert checkpoint(trained, method="linear").is_file()
 
@@ -592,26 +623,27 @@ class TestScripts:
 
     @pytest.mark.parametrize("launcher", [(), ("-m", "c2bin_solo")])
     def test_two_processes(self, images: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
-        more = ["strategy=ddp", "devices='2'", "++limit_train_batches=2", "max_epochs=1"]
+        more = ["strategy=ddp", "devices='2'", "max_epochs=1"]
         more += ["optimizer.batch_size=4", "+knn_eval.enabled=True", "+accumulate_grad_batches=2"]
         script = f"{CHECKOUT}/main_pretrain.py"
-        output = python(*launcher, script, *arguments(images, *more), cwd=tmp_path)
-        assert "MEMBER: 2/2" in output
-        assert checkpoint(tmp_path, epoch=0).is_file()
+        python(*launcher, script, *arguments(images, *more), cwd=tmp_path)
+        state = torch.load(checkpoint(tmp_path, epoch=0), weights_only=True)
+        # 60 images, 30 for each process: 7 batches of 4, so 4 steps of two batches and less.
+        assert state["global_step"] == 4
 
     def test_solo_learn_s_own_config_folder(self, images: Path, tmp_path: Path) -> None:
-        more = ["--config-path", f"{CHECKOUT}/scripts/pretrain/cifar", "max_epochs=1"]
-        more += ["++limit_train_batches=1"]
-        python(f"{CHECKOUT}/main_pretrain.py", *arguments(images, *more), cwd=tmp_path)
+        path = ["--config-path", f"{CHECKOUT}/scripts/pretrain/cifar"]
+        more = arguments(images, "max_epochs=1", "++limit_train_batches=1")
+        python(f"{CHECKOUT}/main_pretrain.py", *path, *more, cwd=tmp_path)
         args = json.loads((checkpoint(tmp_path, epoch=0).parent / "args.json").read_text())
         assert args["augmentations"][0]["gaussian_blur"]["prob"] == 0.0
         assert args["wandb"]["enabled"] is False
 
     def test_images_without_labels(self, images: Path, tmp_path: Path) -> None:
         flat = images / "train" / "class0"
-        more = ["--config-name", "c2bin-custom", f"data.train_path={flat}", "data.no_labels=True"]
-        more += ["data.val_path=null", "max_epochs=1"]
-        python(f"{CHECKOUT}/main_pretrain.py", *arguments(images, *more), cwd=tmp_path)
+        more = [f"data.train_path={flat}", "data.no_labels=True", "data.val_path=null"]
+        more = arguments(images, *more, "max_epochs=1", name="c2bin-custom")
+        python(f"{CHECKOUT}/main_pretrain.py", *more, cwd=tmp_path)
         state = torch.load(checkpoint(tmp_path, epoch=0), weights_only=True)["state_dict"]
         assert all(value.isfinite().all() for value in state.values())
 
