@@ -43,11 +43,15 @@ package: setup  ## build the wheel and check it
 examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/plain_pytorch.py --steps 20
 	$(BIN)/python examples/check_a_loss.py
-	$(BIN)/python examples/benchmarks/loss_cost.py --rounds 3
+	$(BIN)/python examples/benchmarks/loss_cost.py --rounds 3 --seconds 0
+	$(BIN)/python examples/benchmarks/distributed_cost.py --rounds 3
+	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --batch-size 4 --rounds 1
 	$(BIN)/python examples/demo.py --smoke --out build/smoke --overwrite
 
-benchmark: setup  ## cost of the losses against the softmax-and-matmul floor
+benchmark: setup  ## cost of the losses, of a training step, and over processes
 	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results
+	$(BIN)/python examples/benchmarks/distributed_cost.py --out docs/results
+	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --out docs/results
 
 mutation: setup  ## mutation testing of the core with the fast tests (minutes to an hour)
 	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'

@@ -5,8 +5,8 @@
 
 A step is the host's `training_step`, backward, the optimiser, and the follower's update, on
 ResNet-18 with 3 × 3 stem at 32 × 32 pixels. Both methods step alternately in one process, on random
-images; the ratio is the median over rounds of C2BIN / BYOL of the same round. On a GPU every step
-is waited for.
+images; the ratio is the median over rounds of C2BIN / BYOL of the same round. On the CPU it is
+processor time, so that other programs disturb little; on a GPU every step is waited for.
 """
 
 from __future__ import annotations
@@ -108,15 +108,16 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     views = torch.rand(2, batch, 3, 32, 32, generator=generator).to(device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for index in range(rounds + 1):
         # The order turns round by round: the second of a pair finds a warmer processor.
         names = list(steps)[:: 1 if index % 2 else -1]
         for name in names:
-            start = time.perf_counter()
+            start = clock()
             loss = steps[name](*views)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            took = time.perf_counter() - start
+            took = clock() - start
             if not torch.isfinite(loss.detach()):
                 raise RuntimeError(f"{name}: the loss is {float(loss.detach())}")
             if index:  # the first round warms up
