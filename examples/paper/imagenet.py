@@ -123,7 +123,7 @@ def check_solo(lab: Lab, folder: Path) -> dict[str, Any]:
     small += ["auto_resume.enabled=False", "wandb.enabled=False", f"checkpoint.dir={out}"]
     if lab.args.accelerator == "cpu":
         small += ["accelerator=cpu", "strategy=auto", "precision=32", "sync_batchnorm=False"]
-        small += ["devices=1"]
+        small += ["devices='1'"]  # a string, of which solo-learn takes the length
     python = lab.args.solo_python
     pretrain = [python, "main_pretrain.py", "--config-name", "c2bin-imagenet", *small]
     pretrain += ["augmentations=c2bin-32"]
@@ -135,7 +135,7 @@ def check_solo(lab: Lab, folder: Path) -> dict[str, Any]:
     # Hydra would read the = of the file's name as a further override.
     linear += [f'pretrained_feature_extractor="{found[-1]}"']
     run_script(linear, lab.args.solo, lab.out / "table2-solo-linear.log")
-    return {"logs": ["table2-solo-pretrain.log", "table2-solo-linear.log"]}
+    return {"output": "table2-solo-pretrain.log and table2-solo-linear.log"}
 
 
 def table2(lab: Lab) -> Report:
