@@ -34,7 +34,7 @@ python main_pretrain.py --config-name c2bin-imagenet data.train_path=IMAGENET/tr
     data.val_path=IMAGENET/val "devices=[0,1,2,3,4,5,6,7]" optimizer.batch_size=32
 python main_linear.py --config-name c2bin-linear-imagenet data.train_path=IMAGENET/train \\
     data.val_path=IMAGENET/val "devices=[0,1,2,3,4,5,6,7]" optimizer.batch_size=32 \\
-    pretrained_feature_extractor=trained_models/c2bin/RUN/LAST.ckpt"""
+    'pretrained_feature_extractor="trained_models/c2bin/RUN/c2bin-imagenet-RUN-ep=199.ckpt"'"""
 LIGHTLY = """\
 python -m c2bin_lightly lightly/benchmarks/imagenet/resnet50/main.py --methods c2bin byol \\
     --train-dir IMAGENET/train --val-dir IMAGENET/val --epochs 200 --devices 8 \\

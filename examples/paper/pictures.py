@@ -13,20 +13,21 @@ from _demo_data import Images
 from _demo_pictures import COLOURS, MARKERS, TSNE_IMAGES, class_legend, embedding, plt
 from matplotlib.patches import Patch
 
+STYLES = {"SimCLR": 0, "BYOL": 1, "C2BIN": 2}  # one colour and marker a method, in every figure
 RIGHT, WRONG = "#117733", "#CC3311"
 
 
 def _lines(path: Path, curves: dict[str, dict[float, list[float]]], x: str, y: str) -> None:
     """Draw one line a method: means over seeds, with bars of the standard deviation."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
-    for i, (name, curve) in enumerate(curves.items()):
+    for name, curve in curves.items():
         spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in curve.values()]
         axis.errorbar(
             list(curve),
             [statistics.fmean(values) for values in curve.values()],
             yerr=spread,
-            color=COLOURS[2 * i],
-            marker=MARKERS[i],
+            color=COLOURS[2 * STYLES[name]],
+            marker=MARKERS[STYLES[name]],
             capsize=3,
             label=name,
         )
