@@ -58,8 +58,9 @@ def oracle(lab: Lab) -> Report:
     rows = {KINDS[spec.method][0]: runs for spec, runs in results.items()}
     before, after = (percents(runs, "LP") for runs in rows.values())
     gains = [b - a for a, b in zip(before, after, strict=True)]
+    gain = mean_and_spread(gains, "+.1f").replace("± +", "± ")
     words = (
-        f"Gain in LP: {mean_and_spread(gains, '+.1f')} points; the paper reports more than "
+        f"Gain in LP: {gain} points; the paper reports more than "
         f"{ORACLE_GAIN:g} on STL-10, and no other numbers. This method reads the labels: it is a "
         "bound for the idea, no method."
     )

@@ -53,6 +53,7 @@ def claim(lab: Lab, name: str) -> dict[str, Any]:
                 "--out, or replace the table with --overwrite; trained runs are kept either way"
             )
     lab.out.mkdir(parents=True, exist_ok=True)
+    lab.used = {}
     return settings
 
 
@@ -69,7 +70,7 @@ def publish(lab: Lab, name: str, settings: dict[str, Any], report: Report, secon
     text = "\n\n".join([*report.parts, *notes])
     everything = {"experiment": name, "settings": settings, "versions": versions()}
     everything |= {"hardware": hardware(), "seconds_of_this_call": seconds}
-    everything |= {"results": report.results}
+    everything |= {"runs": lab.used, "results": report.results}
     write(lab.out / f"{name}.json", json.dumps(everything, indent=1) + "\n")
     shown = "".join(f"\n![{picture}]({picture})\n" for picture in report.pictures)
     write(lab.out / f"{name}.md", f"# {report.title}\n\n{text}\n{shown}")

@@ -151,6 +151,7 @@ class Lab:
         )
         self._subsets: dict[tuple[bool, float, int], Images] = {}
         self._digests: dict[tuple[bool, float, int], str] = {}
+        self.used: dict[str, dict[str, Any]] = {}  # settings of the runs of this experiment
         name = args.data.resolve().name if args.data else args.dataset
         self.out = Path(args.out) / f"{name}-{budget.name}"
 
@@ -235,6 +236,7 @@ class Lab:
         kept = len(dict.fromkeys(pairs)) - len(missing)
         if kept:
             tqdm.write(f"{kept} of {kept + len(missing)} runs are there already")
+        self.used |= {self.folder(*pair).name: self.settings(*pair) for pair in pairs}
         epochs = sum(self.settings(*pair)["epochs"] for pair in missing)
         with tqdm(total=epochs, desc="all", unit="epoch", position=0, disable=None) as overall:
             for number, (spec, seed) in enumerate(missing, 1):

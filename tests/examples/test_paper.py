@@ -31,7 +31,10 @@ PICTURES = {
     "figure6": ["figure6.png", "figure8.png"],
     "figure9": ["figure9.png", "figure10.png", "figure11.png"],
 }
-EXPERIMENTS = ("table1", "table2", "table3", "table4", "oracle", *PICTURES)
+# How many runs each reads.
+RUNS = {"table1": 6, "table2": 0, "table3": 3, "table4": 3, "oracle": 2} | {
+    "figure4": 6, "figure5": 2, "figure6": 3, "figure9": 1
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +83,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestSmoke:
-    @pytest.mark.parametrize("name", EXPERIMENTS)
+    @pytest.mark.parametrize("name", RUNS)
     def test_every_experiment_writes_its_files(self, smoke: Path, name: str) -> None:
         stored = json.loads((smoke / f"{name}.json").read_text())
         assert stored["settings"]["seeds"] == [0]
@@ -89,6 +92,9 @@ class TestSmoke:
         assert stored["versions"]["torch"] == torch.__version__
         assert stored["hardware"]["cores"] == os.cpu_count()
         assert stored["results"]
+        for folder, settings in stored["runs"].items():
+            assert json.loads((smoke / "runs" / folder / "settings.json").read_text()) == settings
+        assert len(stored["runs"]) == RUNS[name]
         text = (smoke / f"{name}.md").read_text()
         rows = rows_of(text)
         assert len({len(row) for row in rows}) == 1
@@ -293,6 +299,24 @@ class TestSuperclasses:
         assert images.train_labels.tolist() == [0, 19]
         assert images.test_labels.tolist() == [19, 0]
         assert images.classes[19] == "vehicles_2"
+
+    def test_are_for_clusters_alone(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        from _demo_data import Images
+        from paper import clusters, runs
+        from paper.cli import parse
+        from paper.subsets import SUPERCLASSES
+
+        fine = sorted(name for names in SUPERCLASSES.values() for name in names.split())
+        pixels = torch.zeros(200, 3, 4, 4, dtype=torch.uint8)
+        labels = torch.arange(200) % 100
+        monkeypatch.setattr(
+            runs, "load", lambda *_: Images(pixels, labels, pixels, labels, fine, "cifar100")
+        )
+        args = parse(["table3", "--dataset", "cifar100", "--out", str(tmp_path)])
+        lab = runs.Lab(args, args.scale)
+        assert clusters.specs(lab, "c2bin")["c2bin"].clusters == (20, 40, 160)
+        assert len(lab.images().classes) == 100
+        assert lab.images(clustering=True).train_labels.unique().tolist() == list(range(20))
 
     def test_other_classes_are_refused(self) -> None:
         from _demo_data import DemoError
