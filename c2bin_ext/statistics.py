@@ -42,11 +42,10 @@ def at_value_of(own: Tensor, total: Tensor) -> Tensor:
 class RunningStatistics(nn.Module):
     """Exponentially decayed mean of batch sums; the past is constant, the batch has the gradient.
 
-    Formula: `A_t = (S_t + β S_{t-1} + β² S_{t-2} + …) / (1 + β + β² + …)`, with `∂A_t/∂S_t = 1`.
+    Formula: `A_t = (S_t + β S_{t-1} + β² S_{t-2} + …) / (1 + β + β² + …)`.
 
-    The value is smoothed over some 1/(1 - β) steps; the gradient is that of the loss at the
-    smoothed statistics, for the batch as a whole rather than for its share 1 - β, so that weights
-    and learning rates keep their meaning. The mean, and with it cosines and shares, is exact from
+    Smoothed over some 1/(1 - β) steps, so a batch has a share of about 1 - β in it, and the
+    gradient of the loss that share. The mean, and with it cosines and shares of mass, is exact from
     the first step on. It moves in training mode alone. A batch with a non-finite sum, as when half
     precision overflows, is used but not remembered.
 
@@ -95,7 +94,7 @@ class RunningStatistics(nn.Module):
                 "statistics were made for other numbers of clusters"
             )
         batch = own.detach()
-        sums, weight = self.decay * self.sums + batch, self.decay * self.weight + 1
+        sums, weight = self.decay * self.sums + own, self.decay * self.weight + 1
         if self.training:
             # A number that is not finite would never decay away; torch.where does not wait for
             # the GPU to tell.
@@ -103,7 +102,9 @@ class RunningStatistics(nn.Module):
             with torch.no_grad():
                 self.weight.copy_(torch.where(finite, weight, self.weight))
                 self.sums.copy_(torch.where(finite, sums, self.sums))
-        return at_value_of(own, (sums / weight).to(own.dtype))
+        # The batch's own share of the gradient. Giving it the whole, at lagging statistics, makes
+        # the heads overshoot: clusters die.
+        return (sums / weight).to(own.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
         sums, weight = self.sums, self.weight

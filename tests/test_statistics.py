@@ -79,8 +79,8 @@ class TestRunning:
         gradient = oracle.finite_differences(
             lambda m: oracle.contrast(m, second, **options), copy.deepcopy(first)
         )
-        # By the scaled rows; the batch enters with weight 1 instead of w.
-        own = torch.tensor(gradient, dtype=torch.float64)[-STEPS[-1] :] / weights()[-1] ** 0.5
+        # By the scaled rows, so by the batch times the scale.
+        own = torch.tensor(gradient, dtype=torch.float64)[-STEPS[-1] :] * weights()[-1] ** 0.5
         (found,) = torch.autograd.grad(value, view0)
         torch.testing.assert_close(found, own, rtol=1e-6, atol=1e-8)
 
@@ -98,7 +98,7 @@ class TestRunning:
         expected = factor * oracle.entropy_regularizer(past)
         assert float(value.detach()) == pytest.approx(expected, abs=1e-12)
         gradient = oracle.finite_differences(oracle.entropy_regularizer, copy.deepcopy(past))
-        own = factor * torch.tensor(gradient, dtype=torch.float64)[-STEPS[-1] :]
+        own = factor * weights()[-1] * torch.tensor(gradient, dtype=torch.float64)[-STEPS[-1] :]
         (found,) = torch.autograd.grad(value, view)
         torch.testing.assert_close(found, own, rtol=1e-6, atol=1e-8)
 
