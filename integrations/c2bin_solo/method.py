@@ -83,7 +83,8 @@ class C2BIN(BYOL):  # type: ignore[misc]
         )
         self.loss_function = C2BINLoss(**{name: kwargs[name] for name in _LOSS})
         self.cluster_monitor = ClusterMonitor(self.cluster_head.num_clusters)
-        # OmegaConf's lists would end up in the optimizer's state, and torch.load would refuse them.
+        # OmegaConf's lists end up in the state of torch's older optimizers, and torch.load, which
+        # main_linear calls, refuses them.
         self.extra_optimizer_args = _plain(self.cfg.optimizer.kwargs)
 
     @staticmethod

@@ -38,7 +38,6 @@ if importlib.util.find_spec("solo") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import c2bin_solo
-    import solo.methods
     from c2bin_solo import C2BIN, load_backbone, register
     from solo.methods import METHODS
     from solo.methods.base import BaseMethod
@@ -429,8 +428,10 @@ class TestTraining:
         adamw = {"name": "adamw", "kwargs": {"betas": [0.9, 0.95]}, "lr": 0.01, "batch_size": 4}
         adamw |= {"weight_decay": 0.1, "classifier_lr": 0.1}
         options = {"optimizer": adamw, "scheduler__lr_decay_steps": [1]}
-        fit = trainer(tmp_path, 1)
-        fit.fit(C2BIN(config(scheduler__name="step", **options)), loaders()[0])
+        fit, model = trainer(tmp_path, 1), C2BIN(config(scheduler__name="step", **options))
+        # Some versions of torch make plain what they are given.
+        assert type(model.extra_optimizer_args["betas"]) is list
+        fit.fit(model, loaders()[0])
         fit.save_checkpoint(tmp_path / "a.ckpt")
         content = torch.load(tmp_path / "a.ckpt", weights_only=True)
         assert content["c2bin_method_kwargs"]["temperature"] == 0.5
@@ -667,7 +668,3 @@ class TestScripts:
         assert set(whole) == set(resumed)
         for name, value in whole.items():
             assert torch.equal(value, resumed[name]), name
-
-
-def test_solo_learn_is_the_one_that_was_tested() -> None:
-    assert {"byol", "simclr", "mocov2plus"} <= set(solo.methods.METHODS)
