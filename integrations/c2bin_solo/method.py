@@ -67,8 +67,8 @@ class C2BIN(BYOL):  # type: ignore[misc]
     Examples:
         >>> from c2bin_solo import C2BIN
         >>> from omegaconf import OmegaConf
-        >>> cfg = OmegaConf.create({"method_kwargs": {"num_clusters": [10, 40]}})
-        >>> cfg |= {"backbone": {}, "optimizer": {}, "scheduler": {}}
+        >>> sections = {"backbone": {}, "optimizer": {}, "scheduler": {}}
+        >>> cfg = OmegaConf.create(sections | {"method_kwargs": {"num_clusters": [10, 40]}})
         >>> C2BIN.add_and_assert_specific_cfg(cfg).method_kwargs.temperature
         0.5
 
