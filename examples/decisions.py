@@ -31,8 +31,8 @@ CHOICES: dict[str, list[str]] = {
     "temperature 0.1": ["temperature=0.1"],
     "cluster weight 0.5": ["cluster_weight=0.5"],
     "cluster weight 0.2": ["cluster_weight=0.2"],
-    # A step's share of the smoothed statistics, and of their gradient, is a tenth: so with the weight
-    # of the default the cluster terms pull like those of weight 0.2, and with 20 like the default's.
+    # A step has a tenth of the smoothed statistics and of their gradient: with the default's weight
+    # the cluster terms pull like those of weight 0.2, with weight 20 like the default's.
     "statistics over 10 steps": ["running_decay=0.9"],
     "statistics over 10 steps, weight 20": ["running_decay=0.9", "cluster_weight=20"],
     "as printed": [
