@@ -230,12 +230,9 @@ class Lab:
     def results(self, specs: Sequence[Spec]) -> dict[Spec, list[Result]]:
         """Return the results of every spec, one per seed; train what is not there yet."""
         pairs = [(spec, seed) for seed in self.seeds for spec in specs]
-        missing = [
-            p for p in dict.fromkeys(pairs) if not (self.folder(*p) / "result.json").exists()
-        ]
-        kept = len(dict.fromkeys(pairs)) - len(missing)
-        if kept:
-            tqdm.write(f"{kept} of {kept + len(missing)} runs are there already")
+        missing = [pair for pair in pairs if not (self.folder(*pair) / "result.json").exists()]
+        if len(missing) < len(pairs):
+            tqdm.write(f"{len(pairs) - len(missing)} of {len(pairs)} runs are there already")
         self.used |= {self.folder(*pair).name: self.settings(*pair) for pair in pairs}
         epochs = sum(self.settings(*pair)["epochs"] for pair in missing)
         with tqdm(total=epochs, desc="all", unit="epoch", position=0, disable=None) as overall:
