@@ -47,6 +47,7 @@ examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/benchmarks/distributed_cost.py --rounds 3
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --batch-size 4 --rounds 1
 	$(BIN)/python examples/demo.py --smoke --out build/smoke --overwrite
+	$(BIN)/python examples/paper all --budget smoke --out build/paper
 
 benchmark: setup  ## cost of the losses, of a training step, and over processes
 	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results
