@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from loss_cost import processor
+from _hardware import processor
 from torch import Tensor, nn
 
 TARGET = 1.03
