@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,7 +81,8 @@ def load(script: Path) -> ModuleType:
     return module
 
 
-def let_nested_knn_be_quiet() -> None:
+@contextlib.contextmanager
+def quiet_nested_knn() -> Iterator[None]:
     """Keep lightly's kNN from logging where it is part of a method, as in lightly's own SimCLR.
 
     Lightning lets only the module that it trains log, and stops the run otherwise. The method logs
@@ -93,6 +95,10 @@ def let_nested_knn_be_quiet() -> None:
             log_dict(self, *args, **kwargs)
 
     KNNClassifier.log_dict = quiet
+    try:
+        yield
+    finally:
+        KNNClassifier.log_dict = log_dict
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"python -m c2bin_lightly: error: {args.script} is no ImageNet benchmark of lightly: "
             f"it has no {' and no '.join(missing) or 'dict METHODS'}"
         )
-    let_nested_knn_be_quiet()
     options = {} if args.num_clusters is None else {"num_clusters": args.num_clusters}
     register(script.METHODS, online_knn=not args.no_online_knn, **options)
-    script.main(**vars(script.parser.parse_args(args.arguments)))
+    with quiet_nested_knn():
+        script.main(**vars(script.parser.parse_args(args.arguments)))
 
 
 if __name__ == "__main__":

@@ -371,21 +371,18 @@ class NestedKNN(LightningModule):
             self.log_dict(own, batch_size=len(labels))
 
 
-def test_launcher_lets_a_method_log_for_the_knn_inside_of_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_launcher_lets_a_method_log_for_the_knn_inside_of_it() -> None:
     loaders = [batches(), batches(seed=8)]
-    # Puts the class back at the end.
-    monkeypatch.setattr(KNNClassifier, "log_dict", KNNClassifier.log_dict)
-    with pytest.raises(Exception, match=r"not managed by the `Trainer` control flow"):
-        trainer().validate(NestedKNN(), loaders, verbose=False)
-    launcher.let_nested_knn_be_quiet()
-    (_, found) = trainer().validate(NestedKNN(), loaders, verbose=False)
-    alone = KNNClassifier(nn.Flatten(), **KNN)
-    (_, logged) = trainer().validate(alone, loaders, verbose=False)
+    with launcher.quiet_nested_knn():
+        (_, found) = trainer().validate(NestedKNN(), loaders, verbose=False)
+        alone = KNNClassifier(nn.Flatten(), **KNN)
+        (_, logged) = trainer().validate(alone, loaders, verbose=False)
     assert list(found.values()) == list(logged.values())
     assert next(iter(found)).startswith("own_val_knn_top1")
     assert next(iter(logged)).startswith("val_knn_top1")
+    # And lightly is left as it was.
+    with pytest.raises(Exception, match=r"not managed by the `Trainer` control flow"):
+        trainer().validate(NestedKNN(), loaders, verbose=False)
 
 
 @pytest.mark.parametrize("name", FORMS)
