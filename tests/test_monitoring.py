@@ -206,13 +206,21 @@ def test_a_tenth_of_the_clusters_is_enough(used: int, said: int) -> None:
     assert len(scored(one_hot([i % used for i in range(60)], 41))) == said
 
 
-def test_the_warning_points_at_the_caller_and_class_zero_is_a_label() -> None:
+def test_warnings_point_at_the_caller() -> None:
     monitor = ClusterMonitor([40])
     monitor.update([one_hot([4] * 38 + [5] * 2, 40)], torch.zeros(40, dtype=torch.long))
     with pytest.warns(UserWarning, match="has collapsed") as caught:
-        scores = monitor.compute()
+        monitor.compute()
     assert caught[0].filename == __file__
-    assert scores["val_purity_0_of_40"] == 1.0
+    with pytest.warns(UserWarning, match="A head has 65") as caught:
+        warn_if_more_clusters_than_images((65, 8), 64)
+    assert caught[0].filename == __file__
+
+
+def test_class_zero_is_a_label() -> None:
+    monitor = ClusterMonitor([4])
+    monitor.update([one_hot([0, 1, 2, 3], 4)], torch.zeros(4, dtype=torch.long))
+    assert monitor.compute()["val_purity_0_of_4"] == 1.0
 
 
 def test_more_clusters_than_images_in_a_batch() -> None:
@@ -222,7 +230,6 @@ def test_more_clusters_than_images_in_a_batch() -> None:
         "A head has 65 clusters but a global batch has 64 images: most clusters get no image in a "
         "batch, which makes their contrast noisy. Use a larger batch or fewer clusters."
     )
-    assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="a global batch has 1 images"):
         warn_if_more_clusters_than_images([2], 1)
     with pytest.raises(ValueError, match=r"^batch_size: expected an int >= 1, got 0"):
