@@ -8,7 +8,6 @@ the concatenated batch.
 from __future__ import annotations
 
 import copy
-import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from oracle import random_assignments, random_embeddings, rows
+from ranks import join
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -208,14 +208,7 @@ def count(name: str, tensors: dict[str, Tensor], gather: bool) -> tuple[list[str
 
 
 def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, world, folder)
     sizes = SHARDS[world]
     mine = shard(batch(sum(sizes)), sizes, rank)
     halves = {key: tensor.to(torch.bfloat16) for key, tensor in mine.items()}

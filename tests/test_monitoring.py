@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import join
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
@@ -109,13 +109,7 @@ def test_ranks_agree_and_padding_counts_once(ranks: int, tmp_path: Path) -> None
 
 
 def _rank(rank: int, ranks: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    join(rank, ranks, folder)
     view, other, labels = data()
     dataset = TensorDataset(*view, *other, labels)
     sampler = DistributedSampler(dataset, ranks, rank, shuffle=True, seed=5)

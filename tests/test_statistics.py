@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import io
 import math
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from oracle import random_assignments, random_embeddings, rows
+from ranks import join
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -361,14 +361,7 @@ def train_in_parts(model: nn.Module, views: tuple[Tensor, ...], size: int) -> li
 
 
 def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, world, folder)
     mine = shard(images(sum(SHARDS), torch.float64), rank)
     model = DistributedDataParallel(Model(torch.float64))
     result: dict[str, Any] = {"running": train_running(model, mine)}
