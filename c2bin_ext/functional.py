@@ -207,7 +207,9 @@ def bca_contrastive_loss(
     if not spans_ranks and running is None:
         return _local_contrast(assignments0, assignments1, options)
     sums = _contrast_sums(assignments0, assignments1, options)
-    return _contrast_from_sums(iter(_beyond_the_batch(sums, spans_ranks, running)), options)
+    if spans_ranks:
+        sums = list(sum_over_ranks(sums))
+    return _contrast_from_sums(iter(_smoothed(sums, running)), options)
 
 
 def cluster_mass(assignments: Tensor) -> Tensor:
@@ -378,9 +380,8 @@ def c2bin_loss(
             sums = _of_the_whole_batch(sums, statistics, running, spans_ranks)
         elif spans_ranks:
             sums = list(sum_over_ranks(sums))
-        if running is not None:
-            first = len(aligned) + 1  # cosines and count are of this step alone
-            sums[first:] = _beyond_the_batch(sums[first:], False, running)
+        first = len(aligned) + 1  # cosines and count are of this step alone
+        sums[first:] = _smoothed(sums[first:], running)
         totals = iter(sums)
         cosines, count = [next(totals) for _ in aligned], next(totals)
         contrasts, gaps = [], []
@@ -477,11 +478,7 @@ def _objective_sums(
     return sums
 
 
-def _beyond_the_batch(
-    sums: list[Tensor], spans_ranks: bool, running: Callable[[Tensor], Tensor] | None
-) -> list[Tensor]:
-    if spans_ranks:
-        sums = list(sum_over_ranks(sums))
+def _smoothed(sums: list[Tensor], running: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
     return sums if running is None else _split(running(_flat(sums)), sums)
 
 
