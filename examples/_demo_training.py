@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import random
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from _demo_data import DemoError, EpochSampler, Images, Views, normalized, view_transform
 from c2bin_lightly import evaluate
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -27,43 +25,6 @@ BACKBONES = ("small", "resnet18", "resnet34", "resnet50")
 EVALUATION_BATCH = 512
 # Of the kNN curve: how many points, and how many images at most it is taken on.
 CURVE_POINTS, CURVE_TRAIN, CURVE_TEST = 12, 2000, 1000
-
-
-class Residual(nn.Module):
-    """Two 3 × 3 convolutions and a skip connection."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (n, outputs, height / stride, width / stride)."""
-        return torch.relu(self.body(x) + self.skip(x))
-
-
-def backbone(name: str, size: int) -> tuple[nn.Module, int]:
-    """Return a fresh backbone for images of `size` pixels, and the length of its features."""
-    if name == "small":
-        widths = (24, 24, 48, 96, 192)
-        stem = [nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
-        stages = [Residual(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
-        return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
-    net = getattr(torchvision.models, name)()
-    features: int = net.fc.in_features
-    net.fc = nn.Identity()
-    if size <= 64:
-        # The usual stem for small images: ImageNet's shrinks them fourfold before the first stage.
-        net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        net.maxpool = nn.Identity()
-    return net, features
 
 
 def features_of(net: nn.Module, images: Tensor, labels: Tensor) -> evaluate.Features:

@@ -34,8 +34,9 @@ import numpy as np
 import torch
 from _demo_data import TORCHVISION, DemoError, Images, load
 from _demo_report import hardware, notes, table, versions
-from _demo_training import BACKBONES, backbone, features_of, fit
+from _demo_training import BACKBONES, features_of, fit
 from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
+from c2bin_lightly.backbones import backbone
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from tqdm import tqdm

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from _demo_data import DemoError, Images, Views, limited, load, normalized, view_transform
 from _demo_report import versions
-from _demo_training import backbone, features_of, fit
+from _demo_training import features_of, fit
 from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
+from c2bin_lightly.backbones import backbone
 from demo import (
     LR_PER_IMAGE,
     METHODS,

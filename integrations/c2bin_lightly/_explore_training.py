@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
@@ -16,17 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from c2bin_ext.checkpoints import load_backbone
 from c2bin_lightly._explore_images import ExploreError
+from c2bin_lightly.backbones import backbone
 from c2bin_lightly.methods import C2BIN
 
 BACKBONES = ("small", "resnet18", "resnet50")
@@ -77,47 +76,6 @@ def default_image_size(side: float, gpu: bool) -> int:
     return 96 if gpu and side >= 128 else 64
 
 
-class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.skip(x))
-
-
-def backbone(name: str, size: int) -> tuple[nn.Module, int]:
-    """Return a fresh backbone for images of `size` px, and the length of its features."""
-    if name == "small":
-        widths = (24, 24, 48, 96, 192)
-        stem: list[nn.Module] = [
-            nn.Conv2d(3, widths[0], 3, 2, 1, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(),
-        ]
-        if size > 40:
-            # Else the first stage alone would cost more than all of a 32 px network.
-            stem.append(nn.MaxPool2d(2))
-        stages = [_Residual(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
-        return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
-    net = getattr(torchvision.models, name)()
-    features: int = net.fc.in_features
-    net.fc = nn.Identity()
-    if size <= 64:
-        # ImageNet's stem would shrink small images fourfold before the first stage.
-        net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        net.maxpool = nn.Identity()
-    return net, features
-
-
 class Model(C2BIN):
     """C2BIN over batches of plain uint8 images: the two views are drawn on the device."""
 
@@ -130,7 +88,9 @@ def build(settings: Settings) -> Model:
     """Return an untrained model; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        net, features = backbone(settings.backbone, settings.image_size)
+        size = settings.image_size
+        # Unpooled, the first stage of a larger image would cost more than all of a 32 px network.
+        net, features = backbone(settings.backbone, size, pooled=size > 40)
         return Model(
             net,
             features,

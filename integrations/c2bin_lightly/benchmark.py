@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from lightly.models.utils import get_weight_decay_parameters
 from lightly.transforms.byol_transform import BYOLTransform
 from lightly.utils.benchmarking import BenchmarkModule, KNNClassifier, OnlineLinearClassifier
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
 from c2bin_ext import C2BINLoss
-from c2bin_lightly.methods import BYOL, C2BIN, MoCoV2, SimCLR
+from c2bin_lightly.methods import BYOL, C2BIN, MoCoV2, SimCLR, trained_by_decay
 
 __all__ = [
     "BYOLBenchmark",
@@ -183,10 +182,7 @@ class C2BINResNet50(C2BIN):
             for module in self.children()
             if module is not self.online_classifier and module is not self.knn_classifier
         ]
-        decayed, undecayed = (
-            [parameter for parameter in group if parameter.requires_grad]
-            for group in get_weight_decay_parameters(trained)
-        )
+        decayed, undecayed = trained_by_decay(trained)
         online = list(self.online_classifier.parameters())
         return [
             {"name": "c2bin", "params": decayed},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -64,7 +65,15 @@ _DEFAULTS = Optimization(
 )
 
 
-class _Method(SeededEpochs):
+def trained_by_decay(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], ...]:
+    """Return the trainable parameters with weight decay, and those without."""
+    return tuple(
+        [parameter for parameter in group if parameter.requires_grad]
+        for group in get_weight_decay_parameters(modules)
+    )
+
+
+class _Method(SeededEpochs, ABC):
     """What the four methods share: the backbone, the batch contract, logging and optimisation."""
 
     def __init__(
@@ -101,9 +110,9 @@ class _Method(SeededEpochs):
                 if hasattr(module, "gather_distributed"):
                     setattr(module, "gather_distributed", True)  # noqa: B010
 
+    @abstractmethod
     def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
         """Return what to minimise under `"loss"` and what else to log beside it, all 0-dim."""
-        raise NotImplementedError
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Take `((view0, view1), ...)`, views (n, channels, height, width); labels are not read."""
@@ -129,10 +138,7 @@ class _Method(SeededEpochs):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trainable parameters, those without weight decay in a group of their own."""
-        decayed, undecayed = (
-            [parameter for parameter in group if parameter.requires_grad]
-            for group in get_weight_decay_parameters([self])
-        )
+        decayed, undecayed = trained_by_decay([self])
         return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
 
     def configure_optimizers(self) -> Any:
