@@ -357,6 +357,33 @@ class Views(Dataset[tuple[tuple[Tensor, Tensor], int]]):
         return len(self.images)
 
 
+class StoredViews(Dataset[tuple[tuple[Tensor, Tensor], int]]):
+    """Views of every epoch, made once and read by all methods of a seed; the same as `Views`."""
+
+    def __init__(self, path: Path, views: Views, epochs: int, size: int) -> None:
+        self.labels = views.labels
+        if not path.exists():
+            part = path.with_name(path.name + ".part")
+            shape = (epochs, len(views), 2, 3, size, size)
+            stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            with tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar:
+                for epoch in range(epochs):
+                    for index in range(len(views)):
+                        pair = torch.stack(views[epoch, index][0])
+                        stored[epoch, index] = pair.add(1).mul(127.5).round().byte().numpy()
+                        bar.update()
+            stored.flush()
+            part.replace(path)
+        self.stored = np.load(path, mmap_mode="r")
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
+        pair = normalized(torch.from_numpy(self.stored[key].copy()))
+        return (pair[0], pair[1]), int(self.labels[key[1]])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
 class EpochSampler(Sampler[tuple[int, int]]):
     """This rank's share of every global batch, in an order that only seed and epoch decide.
 

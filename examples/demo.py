@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import logging
 import os
 import shutil
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from _demo_data import TORCHVISION, DemoError, Images, load
+from _demo_data import DemoError, Images, load
+from _demo_options import (
+    add_images,
+    add_machine,
+    at_least,
+    distinct_seeds,
+    quieten,
+    settle_images,
+    settle_machine,
+)
 from _demo_report import hardware, notes, table, versions
 from _demo_training import BACKBONES, features_of, fit
 from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
@@ -254,27 +261,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    group = parser.add_argument_group("images")
-    add = group.add_argument
-    add(
-        "--data",
-        type=Path,
-        metavar="FOLDER",
-        help="images of your own, one folder a class; see above",
-    )
-    add("--dataset", choices=["digits", *TORCHVISION], help="default: digits")
-    add("--data-root", type=Path, default=Path("data"), help="for downloads (default: ./data)")
-    add(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="images become squares of it (default: digits 16, stl10 64, others 32)",
-    )
-    add("--limit", type=int, metavar="N", help="use at most N training images, stratified")
-    add("--limit-test", type=int, metavar="N", help="use at most N test images, stratified")
-    add("--skip-corrupt", action="store_true", help="leave unreadable images out, do not stop")
+    add_images(parser, default="digits")
     group = parser.add_argument_group("training")
     add = group.add_argument
+    add("--limit", type=int, metavar="N", help="use at most N training images, stratified")
+    add("--limit-test", type=int, metavar="N", help="use at most N test images, stratified")
     add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="default: all")
     add("--backbone", choices=BACKBONES, default="small", help="default: small, for CPUs")
     add("--epochs", type=int, help="default: 30")
@@ -302,16 +293,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[0],
         help="several give mean ± standard deviation (default: 0)",
     )
-    group = parser.add_argument_group("machine")
-    add = group.add_argument
-    add("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="default: auto")
-    add("--devices", type=int, default=1, help="above 1: distributed data parallel (default: 1)")
-    add(
-        "--precision",
-        choices=["32-true", "bf16-mixed", "16-mixed"],
-        help="default: bf16-mixed on a GPU, 32-true on a CPU",
+    machine = add_machine(parser, workers="processes that make views, for each device")
+    machine.add_argument(
+        "--devices", type=int, default=1, help="above 1: distributed data parallel (default: 1)"
     )
-    add("--workers", type=int, help="processes that make views, for each device")
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
@@ -323,20 +308,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
 
-    if args.data and args.dataset:
-        parser.error("--data and --dataset exclude each other")
-    args.dataset = args.dataset or ("folder" if args.data else "digits")
+    settle_images(parser, args)
     if args.smoke:
         args.limit, args.limit_test = args.limit or 320, args.limit_test or 100
     if args.epochs is None:
         args.epochs = 2 if args.smoke else 30
     least = {"epochs": 1, "batch_size": 2, "devices": 1, "image_size": 8, "workers": 0}
-    for name, bound in {**least, "limit": 1, "limit_test": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < bound:
-            parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
-    if min(args.num_clusters) < 2:
-        parser.error(f"--num-clusters must each be at least 2, got {min(args.num_clusters)}")
+    at_least(parser, args, {**least, "limit": 1, "limit_test": 1, "num_clusters": 2})
     try:
         args.loss = dict(map(option_of, args.loss))
         if args.loss.get("running_decay"):
@@ -344,17 +322,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         C2BINLoss(**args.loss)
     except (TypeError, ValueError) as error:
         parser.error(f"--loss: {error}")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds must be different whole numbers, 0 or more")
+    distinct_seeds(parser, args)
     if args.batch_size % args.devices:
         parser.error(f"--batch-size {args.batch_size} is no multiple of --devices {args.devices}")
-    gpus = torch.cuda.device_count()
-    if args.accelerator == "auto":
-        args.accelerator = "gpu" if gpus else "cpu"
-    if args.accelerator == "gpu" and gpus < args.devices:
-        parser.error(f"--accelerator gpu --devices {args.devices}, but torch sees {gpus} GPUs")
-    if args.precision is None:
-        args.precision = "bf16-mixed" if args.accelerator == "gpu" else "32-true"
+    settle_machine(parser, args, args.devices)
     args.methods = [method for method in METHODS if method in args.methods]
     if args.workers is None:
         cores = (os.cpu_count() or 1) // args.devices
@@ -423,12 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     began = time.perf_counter()
     args = parse(argv)
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Advice about loaders that this script has measured for itself, and Lightning's own use of a
-    # function that torch is about to drop.
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module=r"pytorch_lightning.*")
+    quieten()
     # Each further device's process runs this script from the top; only the first writes and speaks.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     run: Run | None = None

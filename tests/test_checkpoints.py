@@ -136,6 +136,8 @@ def test_an_unreadable_file(content: bytes, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"checkpoint: cannot read .*broken.ckpt") as caught:
             load_backbone(path, network(), weights_only=weights_only)
         assert weights_only or "weights_only" not in str(caught.value)
+        if content == b"not a checkpoint" and not weights_only:
+            assert "broken.ckpt: it is no checkpoint (" in str(caught.value)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
@@ -143,7 +145,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         load_backbone(tmp_path / "none.ckpt", network())
     with pytest.raises(TypeError, match=r"backbone: expected a torch.nn.Module, got str"):
         load_backbone({}, "resnet18")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"checkpoint: expected a path, a state dict.* got int"):
+    message = (
+        "checkpoint: expected a path, a state dict or a mapping that holds one under 'state_dict'"
+    )
+    with pytest.raises(TypeError, match=f"^{message}, got int$"):
         load_backbone(3, network())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected a mapping under 'state_dict', got list"):
         load_backbone({"state_dict": []}, network())

@@ -76,6 +76,27 @@ def test_scores_are_those_of_all_batches_together(batch: int) -> None:
     assert monitor.compute() == pytest.approx(expected(view, other, labels), abs=1e-6)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_what_pads_a_share_is_not_counted(rank: int) -> None:
+    view, other, labels = data()
+    items = TensorDataset(torch.arange(IMAGES))
+    sampler = DistributedSampler(items, num_replicas=4, rank=rank, shuffle=False)
+    share = list(sampler)
+    own = list(range(rank, IMAGES, 4))  # 23 images on 4 ranks: the last one repeats an image
+    assert share == [*own, *([0] if rank == 3 else [])]
+
+    monitor = ClusterMonitor(HEADS)
+    monitor.reset(DataLoader(items, batch_size=2, sampler=sampler))
+    for start in range(0, len(share), 2):
+        rows = share[start : start + 2]
+        monitor.update([v[rows] for v in view], labels[rows], [o[rows] for o in other])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = monitor.compute()
+    wanted = expected([v[own] for v in view], [o[own] for o in other], labels[own])
+    assert found == pytest.approx(wanted)
+
+
 def test_reset_forgets() -> None:
     view, other, labels = data()
     monitor = ClusterMonitor(HEADS)

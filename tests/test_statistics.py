@@ -212,10 +212,19 @@ class TestRunning:
         with complains(TypeError, "running_decay", "str"):
             C2BINLoss(running_decay="0.9", num_clusters=HEADS)  # type: ignore[arg-type]
         loss = BCAContrastiveLoss(running_decay=0.9, num_clusters=4)
-        with complains(ValueError, "own", "24 sums", "(35,)", "other numbers of clusters"):
+        with complains(
+            ValueError,
+            "own: expected 24 sums, got shape (35,); running "
+            "statistics were made for other numbers of clusters",
+        ):
             loss(*(view.float() for view in batches(5)[0]))
         with complains(ValueError, "size", "0"):
             RunningStatistics(0, 0.5)
+        assert RunningStatistics(1, 0.5).sums.shape == (1,)
+        with complains(ValueError, "decay: expected", "1.5"):
+            RunningStatistics(1, 1.5)
+        with complains(TypeError, "decay: expected", "str"):
+            RunningStatistics(1, "0.5")  # type: ignore[arg-type]
 
     def test_repr(self) -> None:
         text = repr(BCAContrastiveLoss(running_decay=0.9, num_clusters=4))
@@ -317,10 +326,29 @@ class TestMicroBatches:
         total = c2bin_statistics(*outputs)
         with complains(ValueError, "statistics", f"({len(total) + 1},)", f"({len(total)},)"):
             c2bin_loss(*outputs, statistics=torch.zeros(len(total) + 1))
-        with complains(TypeError, "statistics", "list"):
+        with complains(
+            TypeError, "statistics: expected a vector as c2bin_statistics returns, got list"
+        ):
             c2bin_loss(*outputs, statistics=total.tolist())
-        with complains(ValueError, "statistics", "running"):
+        with complains(
+            ValueError,
+            "statistics: expected None together with running statistics, which would take in every "
+            "micro-batch as a step",
+        ):
             C2BINLoss(running_decay=0.5, num_clusters=HEADS)(*outputs, statistics=total)
+
+    def test_values_are_checked_on_demand_alone(self, complains: Any) -> None:
+        outputs = Model(torch.float32)(*images(8, torch.float32))
+        outputs[0][0][0, 0] = math.nan
+        assert c2bin_statistics(*outputs).isnan().any()
+        assert C2BINLoss().statistics(*outputs).isnan().any()
+        for check in (C2BINLoss(validate_args=True).statistics, checked_statistics):
+            with complains(ValueError, "predictions[0]", "finite"):
+                check(*outputs)
+
+
+def checked_statistics(*outputs: Any) -> Tensor:
+    return c2bin_statistics(*outputs, validate_args=True)
 
 
 SHARDS = (5, 19)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +14,16 @@ from pathlib import Path
 # the loader's workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-from _demo_data import TORCHVISION, DemoError
+from _demo_data import DemoError
+from _demo_options import (
+    add_images,
+    add_machine,
+    at_least,
+    distinct_seeds,
+    quieten,
+    settle_images,
+    settle_machine,
+)
 
 from paper import clusters, features, imagenet
 from paper.budgets import BUDGETS
@@ -73,33 +79,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="default",
         help="C2BINLoss's defaults, or the paper's formulas to the letter",
     )
-    group = parser.add_argument_group("images")
-    add = group.add_argument
-    add("--dataset", choices=["digits", *TORCHVISION], help="default: smoke digits, else cifar10")
-    add(
-        "--data",
-        type=Path,
-        metavar="FOLDER",
-        help="images of your own: FOLDER/{train,test}/<class>/<image>, or FOLDER/<class>/<image>",
-    )
-    add("--data-root", type=Path, default=Path("data"), help="for downloads (default: ./data)")
-    add("--image-size", type=int, metavar="PIXELS", help="digits 16, stl10 64, others 32")
-    add("--skip-corrupt", action="store_true", help="leave unreadable images out, do not stop")
     add(
         "--against",
         choices=DATASETS,
         default="cifar10",
         help="whose numbers stand beside those of images that the paper lacks (default: cifar10)",
     )
-    group = parser.add_argument_group("machine")
-    add = group.add_argument
-    add("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="default: auto")
-    add(
-        "--precision",
-        choices=["32-true", "bf16-mixed", "16-mixed"],
-        help="default: bf16-mixed on a GPU, 32-true on a CPU; bf16-mixed is faster on newer CPUs",
-    )
-    add("--workers", type=int, help="processes that make views, budget full (default: cores - 1)")
+    add_images(parser, default="smoke digits, else cifar10")
+    add_machine(parser, "processes that make views, budget full (default: cores - 1)")
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--out", type=Path, default=Path("runs/paper"), help="default: runs/paper")
@@ -119,31 +106,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     budget = BUDGETS[args.budget]
-    if args.data and args.dataset:
-        parser.error("--data and --dataset exclude each other")
-    args.dataset = args.dataset or ("folder" if args.data else budget.dataset)
-    for name, least in {
-        "limit": 1,
-        "limit_test": 1,
-        "epochs": 1,
-        "image_size": 8,
-        "workers": 0,
-    }.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    settle_images(parser, args, budget.dataset)
+    least = {"limit": 1, "limit_test": 1, "epochs": 1, "image_size": 8, "workers": 0}
+    at_least(parser, args, least)
     args.seeds = list(budget.seeds) if args.seeds is None else args.seeds
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds must be different whole numbers, 0 or more")
+    distinct_seeds(parser, args)
     if args.solo and not (args.solo / "main_pretrain.py").is_file():
         parser.error(f"--solo: there is no {args.solo / 'main_pretrain.py'}")
-    gpus = torch.cuda.device_count()
-    if args.accelerator == "auto":
-        args.accelerator = "gpu" if gpus else "cpu"
-    if args.accelerator == "gpu" and not gpus:
-        parser.error("--accelerator gpu, but torch sees no GPU")
-    if args.precision is None:
-        args.precision = "bf16-mixed" if args.accelerator == "gpu" else "32-true"
+    settle_machine(parser, args)
     if args.workers is None:
         args.workers = max(1, min(16, (os.cpu_count() or 1) - 1))
     changes = {name: getattr(args, name) for name in ("limit", "limit_test", "epochs")}
@@ -161,12 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     began = time.perf_counter()
     args = parse(argv)
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Advice about loaders that reads memory here, and Lightning's own use of a function that torch
-    # is about to drop.
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module=r"pytorch_lightning.*")
+    quieten()
     try:
         lab = Lab(args, args.scale)
         names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]

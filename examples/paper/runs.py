@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _demo_data import DemoError, Images, Views, limited, load, normalized, view_transform
+from _demo_data import DemoError, Images, StoredViews, Views, limited, load, view_transform
 from _demo_report import versions
 from _demo_training import features_of, fit
 from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
@@ -29,8 +29,6 @@ from demo import (
     write,
 )
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from c2bin_ext import C2BINLoss
@@ -77,33 +75,6 @@ class Spec:
         heads = f" {{{', '.join(map(str, self.clusters))}}}" if self.clusters else ""
         rate = f", rate {self.rate:g}" if self.rate != 1 else ""
         return f"{KINDS[self.method][0]}{heads}{rate}"
-
-
-class StoredViews(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Views of every epoch, made once and read by all methods of a seed; the same as `Views`."""
-
-    def __init__(self, path: Path, views: Views, epochs: int, size: int) -> None:
-        self.labels = views.labels
-        if not path.exists():
-            part = path.with_name(path.name + ".part")
-            shape = (epochs, len(views), 2, 3, size, size)
-            stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-            with tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar:
-                for epoch in range(epochs):
-                    for index in range(len(views)):
-                        pair = torch.stack(views[epoch, index][0])
-                        stored[epoch, index] = pair.add(1).mul(127.5).round().byte().numpy()
-                        bar.update()
-            stored.flush()
-            part.replace(path)
-        self.stored = np.load(path, mmap_mode="r")
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
-        pair = normalized(torch.from_numpy(self.stored[key].copy()))
-        return (pair[0], pair[1]), int(self.labels[key[1]])
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class Snapshots(Callback):

@@ -429,8 +429,7 @@ def test_linear_evaluation_trains_each_rate_alone() -> None:
 
 
 def test_stored_views_are_the_views(tmp_path: Path) -> None:
-    from _demo_data import Views, digits, view_transform
-    from paper.runs import StoredViews
+    from _demo_data import StoredViews, Views, digits, view_transform
 
     images = digits(16)
     views = Views(images.train[:5], images.train_labels[:5], view_transform(images, "digits"), 7)

@@ -1,0 +1,449 @@
+"""Runs of a study: any method with any options, each kept by its settings, several side by side."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from _demo_data import (
+    DemoError,
+    Images,
+    StoredViews,
+    Views,
+    load,
+    stratified,
+    view_transform,
+)
+from _demo_options import (
+    add_images,
+    add_machine,
+    at_least,
+    distinct_seeds,
+    quieten,
+    settle_images,
+    settle_machine,
+)
+from _demo_report import hardware, versions
+from _demo_training import BACKBONES, features_of, fit
+from c2bin_lightly import C2BIN, evaluate
+from c2bin_lightly.backbones import backbone
+from demo import LR_PER_IMAGE, METHODS, OPTIMIZATION, kmeans_scores, queue_size, scores_by, write
+from joblib import Parallel, delayed
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+
+Result = dict[str, Any]
+
+
+class NormalizedHead(MultiScaleClusterHead):
+    """Cluster heads on features of one scale: of equal length, or standardised over the batch."""
+
+    def __init__(
+        self, in_features: int, num_clusters: Sequence[int], how: Literal["length", "batch"]
+    ) -> None:
+        super().__init__(in_features, num_clusters)
+        self.norm = nn.BatchNorm1d(in_features, affine=False) if how == "batch" else None
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return each head's soft assignments (n, K) of features (n, d)."""
+        if self.norm is not None:
+            features = self.norm(features)
+        else:
+            features = nn.functional.normalize(features) * features.shape[1] ** 0.5
+        assignments: tuple[Tensor, ...] = super().forward(features)
+        return assignments
+
+
+class VariedC2BIN(C2BIN):
+    """C2BIN with what the paper does not say and the library does not offer, to be measured.
+
+    Args:
+        head_input: What the heads see: features as they are, of equal `"length"`, or standardised
+            over the `"batch"`.
+        against: Contrast the runner's assignments of one view with the runner's of the other, or
+            with the follower's, which get no gradient.
+        warmup: Part of the run in which the cluster weight rises from 0.
+        **c2bin: See `C2BIN`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        feature_dim: int,
+        *,
+        head_input: Literal["plain", "length", "batch"] = "plain",
+        against: Literal["runner", "follower"] = "runner",
+        warmup: float = 0.0,
+        **c2bin: Any,
+    ) -> None:
+        super().__init__(net, feature_dim, **c2bin)
+        if head_input != "plain":
+            clusters = self.cluster_head.num_clusters
+            self.cluster_head = NormalizedHead(feature_dim, clusters, head_input)
+        self.against, self.warmup = against, warmup
+        self.cluster_weight = self.criterion.cluster_weight
+
+    def on_train_batch_start(self, batch: Sequence[Any], batch_idx: int) -> None:
+        """Set the cluster weight of this step."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.warmup:
+            steps = self.warmup * int(self.trainer.estimated_stepping_batches)
+            part = min(1.0, self.global_step / max(1.0, steps))
+            self.criterion.cluster_weight = self.cluster_weight * part
+
+    def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
+        """Return the total and its parts of one batch of two views."""
+        if self.against == "runner":
+            return super().losses(view0, view1)
+        features = self(view0), self(view1)
+        predictions = tuple(self.predictor(self.projector(f)) for f in features)
+        with torch.no_grad():
+            followed = [self.follower_backbone(view).flatten(1) for view in (view0, view1)]
+            targets = tuple(self.follower_projector(f) for f in followed)
+            fixed = [self.cluster_head(f) for f in followed]
+        heads = [self.cluster_head(f) for f in features]
+        ways = [
+            self.criterion(predictions, targets, pair)._asdict()
+            for pair in ((heads[0], fixed[1]), (heads[1], fixed[0]))
+        ]
+        return {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
+
+
+VARIATIONS = ("head_input", "against", "warmup")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of a study, whatever the seed: what differs from the demo's settings of a method.
+
+    Attributes:
+        method: Key of `demo.METHODS`.
+        options: Of the method's class, `lr` for a batch of 128 among them.
+        loss: Of `C2BINLoss`; of C2BIN alone.
+    """
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        changed = [f"{name} {value}" for name, value in (self.options | self.loss).items()]
+        return f"{METHODS[self.method][0]}: {', '.join(changed) or 'as in the demo'}"
+
+
+def settings_of(
+    trial: Trial, args: argparse.Namespace, images: Images, epochs: int, seed: int
+) -> dict[str, Any]:
+    """Return all that decides a run's numbers."""
+    options: dict[str, Any] = {"lr": 128 * LR_PER_IMAGE, **OPTIMIZATION, **METHODS[trial.method][2]}
+    if trial.method == "mocov2":
+        options["queue_size"] = queue_size(len(images.train))
+    if trial.method == "c2bin":
+        options["num_clusters"] = [32, 64, 128]
+    options |= trial.options
+    options["lr"] *= args.batch_size / 128
+    names = ("dataset", "backbone", "batch_size", "accelerator", "precision")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"method": trial.method, "options": options, "loss": trial.loss}
+    settings |= {"epochs": epochs, "seed": seed, "stored_views": args.workers == 0}
+    settings |= {"images": [len(images.train), len(images.test)], "pixels": images.fingerprint()}
+    return settings | {name: versions()[name] for name in ("torch", "lightly", "c2bin_ext")}
+
+
+def model_of(settings: dict[str, Any], size: int) -> LightningModule:
+    """Return an untrained model; with one seed, every method starts from the same backbone."""
+    torch.manual_seed(settings["seed"])
+    net, features = backbone(settings["backbone"], size)
+    options = dict(settings["options"])
+    _, kind, _ = METHODS[settings["method"]]
+    if settings["method"] == "c2bin":
+        loss = dict(settings["loss"])
+        build = C2BINLoss.paper if loss.pop("formulas", "") == "printed" else C2BINLoss
+        options["loss"] = build(**loss)
+        if not options.keys().isdisjoint(VARIATIONS):
+            kind = VariedC2BIN
+    model = kind(net, features, **options)
+    # A quarter faster on a CPU, and what a GPU's half precision wants too.
+    return model.to(memory_format=torch.channels_last)
+
+
+def run(
+    settings: dict[str, Any],
+    args: argparse.Namespace,
+    images: Images,
+    folder: Path,
+    views: Path | None,
+    whole: bool,
+) -> Result:
+    """Train from the last finished epoch, score and keep; the top level of a process of its own."""
+    quieten()
+    # Known here, and the same for each of many runs.
+    warnings.filterwarnings("ignore", message="A head has .* clusters but a global batch")
+    if args.accelerator == "cpu" and args.processes > 1:
+        torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "settings.json", json.dumps(settings, indent=1))
+    model, seed = model_of(settings, images.size), settings["seed"]
+    made = Views(images.train, images.train_labels, view_transform(images, args.dataset), seed)
+    curve, _ = fit(
+        model,
+        METHODS[settings["method"]][0],
+        images,
+        folder / "last.ckpt",
+        seed,
+        tqdm(disable=True),
+        dataset=args.dataset,
+        epochs=settings["epochs"],
+        batch_size=args.batch_size,
+        accelerator=args.accelerator,
+        devices=1,
+        precision=args.precision,
+        workers=args.workers,
+        views=None if views is None else StoredViews(views, made, settings["epochs"], images.size),
+        scored=False,
+    )
+    model.eval()
+    train = features_of(model.backbone, images.train, images.train_labels)
+    test = features_of(model.backbone, images.test, images.test_labels)
+    result: Result = {
+        "knn5": evaluate.knn_accuracy(train, test, k=5),
+        "knn200": evaluate.knn_accuracy(train, test, k=200),
+        "clustering": [kmeans_scores(train, test, len(images.classes), seed)],
+        "seconds": sum(row["seconds"] for row in curve),
+        "curve": curve,
+    }
+    if whole:
+        result["linear"] = evaluate.linear_probe(train, test, seed=seed).accuracy
+    if isinstance(model, C2BIN):
+        with torch.no_grad():
+            heads = model.cluster_head(test.features)
+        for p in heads:
+            result["clustering"].append(scores_by("own head", test.labels, p.argmax(1), p))
+    (folder / "last.ckpt").unlink()
+    write(folder / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+class Bench:
+    """The images and the folder of one study, and its processes.
+
+    Args:
+        args: Of the command: those of `_demo_options`, and `limit`, `limit_test`, `validation`,
+            `backbone`, `batch_size`, `processes` and `out`.
+        longest: Epochs of the longest run: shorter ones share its views.
+    """
+
+    def __init__(self, args: argparse.Namespace, longest: int) -> None:
+        self.args, self.longest = args, longest
+        held = args.validation or 0
+        limits = {"train": args.limit and args.limit + held, "test": args.limit_test}
+        loaded = load(
+            args.data, args.dataset, args.data_root, args.image_size, args.skip_corrupt, limits
+        )
+        apart = torch.zeros(len(loaded.train), dtype=torch.bool)
+        if held:
+            apart[stratified(loaded.train_labels, held)] = True
+        # Choices are made on images that are neither trained on nor reported on.
+        self.images = replace(
+            loaded, train=loaded.train[~apart], train_labels=loaded.train_labels[~apart]
+        )
+        self.validation = replace(
+            self.images, test=loaded.train[apart], test_labels=loaded.train_labels[apart]
+        )
+        self.out = Path(args.out)
+
+    def folder(self, settings: dict[str, Any]) -> Path:
+        """Return where a run is kept: its method and a digest of its settings."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        name = f"{settings['method']}-{settings['epochs']}epochs-seed{settings['seed']}-{digest}"
+        return self.out / "runs" / name
+
+    def results(
+        self, what: str, trials: Sequence[Trial], epochs: int, seeds: Sequence[int], final: bool
+    ) -> list[list[Result]]:
+        """Return for each trial its results, one a seed; train what is not there yet.
+
+        Args:
+            what: The name on the bar.
+            trials: What to run.
+            epochs: Of each.
+            seeds: Each trial is run with each.
+            final: Score on the test images, linear probe included, and not on the validation
+                images.
+        """
+        images = self.images if final else self.validation
+        plan = [
+            [settings_of(trial, self.args, images, epochs, seed) for seed in seeds]
+            for trial in trials
+        ]
+        # One trial may stand in several rows.
+        missing = {
+            self.folder(settings): settings
+            for row in plan
+            for settings in row
+            if not (self.folder(settings) / "result.json").exists()
+        }
+        views = self.views(images, sorted({s["seed"] for s in missing.values()}))
+        jobs = [
+            delayed(run)(settings, self.args, images, folder, views.get(settings["seed"]), final)
+            for folder, settings in missing.items()
+        ]
+        # Results come in any order: what matters is that each is on the disk.
+        done = Parallel(n_jobs=self.args.processes, return_as="generator_unordered")(jobs)
+        for _ in tqdm(done, desc=what, total=len(jobs), unit="run", disable=None):
+            pass
+        return [
+            [json.loads((self.folder(s) / "result.json").read_text(encoding="utf-8")) for s in row]
+            for row in plan
+        ]
+
+    def views(self, images: Images, seeds: Sequence[int]) -> dict[int, Path]:
+        """Return where the stored views of each seed are; none with loader processes."""
+        if self.args.workers:
+            return {}
+        folder = self.out / "views"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of the training images alone: validation and test images share them.
+        digest = hashlib.sha256(images.train.numpy().data).hexdigest()[:16]
+        paths = {seed: folder / f"{digest}-seed{seed}-{self.longest}epochs.npy" for seed in seeds}
+        make = delayed(store)
+        Parallel(n_jobs=self.args.processes)(
+            make(path, images, self.args.dataset, self.longest, seed)
+            for seed, path in paths.items()
+        )
+        return paths
+
+
+def store(path: Path, images: Images, dataset: str, epochs: int, seed: int) -> None:
+    """Make the views of one seed, if they are not there."""
+    torch.set_num_threads(1)
+    made = Views(images.train, images.train_labels, view_transform(images, dataset), seed)
+    StoredViews(path, made, epochs, images.size)
+
+
+def parser_of(doc: str, out: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every study takes."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_images(parser, default="digits")
+    parser.add_argument("--data-name", help="what to call the images; default: the folder's name")
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--limit", type=int, metavar="N", help="train on at most N images, stratified")
+    add("--limit-test", type=int, metavar="N", help="test on at most N images, stratified")
+    add("--backbone", choices=BACKBONES, default="small", help="default: small, for CPUs")
+    add("--batch-size", type=int, default=128, help="default: 128")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="default: 1 2 3")
+    machine = add_machine(
+        parser, "processes that make views for each run; default 0: made once, kept on the disk"
+    )
+    machine.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="runs side by side (default: 1); on CPUs, the cores",
+    )
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, **bounds: int) -> Any:
+    """Return the checked arguments; a mistake ends in the parser's message."""
+    args = parser.parse_args(argv)
+    args.workers = args.workers or 0
+    settle_images(parser, args)
+    settle_machine(parser, args)
+    distinct_seeds(parser, args)
+    least = {"limit": 1, "limit_test": 1, "image_size": 8, "workers": 0, "processes": 1}
+    at_least(parser, args, {**least, "batch_size": 2, **bounds})
+    return args
+
+
+def finish(call: Callable[[], None], out: Path) -> int:
+    """Return the exit code of a call: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        call()
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there, "
+            "in unfinished runs after their last whole epoch.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+COLUMNS = {
+    "kNN k=200": ("knn200", 100, ".1f"),
+    "kNN k=5": ("knn5", 100, ".1f"),
+    "linear probe": ("linear", 100, ".1f"),
+}
+CLUSTERS = {"NMI": "nmi", "ACC": "acc"}
+
+
+def cells(results: Sequence[Result]) -> list[str]:
+    """Return a row of the tables: mean ± standard deviation over seeds of every score."""
+    row = [
+        spread([scale * result[key] for result in results], form)
+        for key, scale, form in COLUMNS.values()
+    ]
+    kmeans = [result["clustering"][0] for result in results]
+    row += [spread([scores[key] for scores in kmeans], ".3f") for key in CLUSTERS.values()]
+    heads = [result["clustering"][1:] for result in results]
+    if not heads[0]:
+        return [*row, "", ""]
+    # Of heads of many sizes, the mean of their NMI; and how much of each head is in use.
+    row.append(spread([statistics.fmean(h["nmi"] for h in each) for each in heads], ".3f"))
+    used = [statistics.fmean(each[i]["in_use"] for each in heads) for i in range(len(heads[0]))]
+    sizes = [head["k"] for head in heads[0]]
+    return [*row, ", ".join(f"{u:.0f} of {k}" for u, k in zip(used, sizes, strict=True))]
+
+
+HEAD = [*COLUMNS, *(f"k-means {name}" for name in CLUSTERS), "heads' NMI", "clusters in use"]
+
+
+def about(bench: Bench) -> dict[str, Any]:
+    """Return what the numbers were made with; no path, so that they can be published."""
+    args, images = bench.args, bench.images
+    names = ("dataset", "limit", "limit_test", "validation", "backbone", "batch_size", "seeds")
+    shared = {name: getattr(args, name) for name in (*names, "accelerator", "precision")}
+    source = args.data_name or (args.data.resolve().name if args.data else args.dataset)
+    counts = {"train": len(images.train), "test": len(images.test)}
+    counts["validation"] = len(bench.validation.test)
+    shared |= {"source": source, "images": counts, "image_size": images.size}
+    return {"settings": shared, "versions": versions(), "hardware": hardware()}
+
+
+def sentence(bench: Bench) -> str:
+    """Return what a table's reader has to know."""
+    stated = about(bench)["settings"]
+    seeds = ", ".join(map(str, stated["seeds"]))
+    counts = stated["images"]
+    return (
+        f"{stated['source']}: {counts['train']} training and {counts['test']} test images; "
+        f"backbone {stated['backbone']}, batch {stated['batch_size']}, mean ± standard deviation "
+        f"of seeds {seeds}. Accuracies in percent, of frozen features; k-means with as many "
+        "clusters as classes; the heads' NMI is the mean over heads."
+    )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return mean ± standard deviation, or the one value."""
+    mean = format(statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
