@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from _demo_data import (
@@ -34,94 +34,17 @@ from _demo_options import (
 )
 from _demo_report import hardware, versions
 from _demo_training import BACKBONES, features_of, fit
+from _study_variants import VARIATIONS, VariedC2BIN
 from c2bin_lightly import C2BIN, evaluate
 from c2bin_lightly.backbones import backbone
 from demo import LR_PER_IMAGE, METHODS, OPTIMIZATION, kmeans_scores, queue_size, scores_by, write
 from joblib import Parallel, delayed
 from pytorch_lightning import LightningModule
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+from c2bin_ext import C2BINLoss
 
 Result = dict[str, Any]
-
-
-class NormalizedHead(MultiScaleClusterHead):
-    """Cluster heads on features of one scale: of equal length, or standardised over the batch."""
-
-    def __init__(
-        self, in_features: int, num_clusters: Sequence[int], how: Literal["length", "batch"]
-    ) -> None:
-        super().__init__(in_features, num_clusters)
-        self.norm = nn.BatchNorm1d(in_features, affine=False) if how == "batch" else None
-
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Return each head's soft assignments (n, K) of features (n, d)."""
-        if self.norm is not None:
-            features = self.norm(features)
-        else:
-            features = nn.functional.normalize(features) * features.shape[1] ** 0.5
-        assignments: tuple[Tensor, ...] = super().forward(features)
-        return assignments
-
-
-class VariedC2BIN(C2BIN):
-    """C2BIN with what the paper does not say and the library does not offer, to be measured.
-
-    Args:
-        head_input: What the heads see: features as they are, of equal `"length"`, or standardised
-            over the `"batch"`.
-        against: Contrast the runner's assignments of one view with the runner's of the other, or
-            with the follower's, which get no gradient.
-        warmup: Part of the run in which the cluster weight rises from 0.
-        **c2bin: See `C2BIN`.
-    """
-
-    def __init__(
-        self,
-        net: nn.Module,
-        feature_dim: int,
-        *,
-        head_input: Literal["plain", "length", "batch"] = "plain",
-        against: Literal["runner", "follower"] = "runner",
-        warmup: float = 0.0,
-        **c2bin: Any,
-    ) -> None:
-        super().__init__(net, feature_dim, **c2bin)
-        if head_input != "plain":
-            clusters = self.cluster_head.num_clusters
-            self.cluster_head = NormalizedHead(feature_dim, clusters, head_input)
-        self.against, self.warmup = against, warmup
-        self.cluster_weight = self.criterion.cluster_weight
-
-    def on_train_batch_start(self, batch: Sequence[Any], batch_idx: int) -> None:
-        """Set the cluster weight of this step."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self.warmup:
-            steps = self.warmup * int(self.trainer.estimated_stepping_batches)
-            part = min(1.0, self.global_step / max(1.0, steps))
-            self.criterion.cluster_weight = self.cluster_weight * part
-
-    def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
-        """Return the total and its parts of one batch of two views."""
-        if self.against == "runner":
-            return super().losses(view0, view1)
-        features = self(view0), self(view1)
-        predictions = tuple(self.predictor(self.projector(f)) for f in features)
-        with torch.no_grad():
-            followed = [self.follower_backbone(view).flatten(1) for view in (view0, view1)]
-            targets = tuple(self.follower_projector(f) for f in followed)
-            fixed = [self.cluster_head(f) for f in followed]
-        heads = [self.cluster_head(f) for f in features]
-        ways = [
-            self.criterion(predictions, targets, pair)._asdict()
-            for pair in ((heads[0], fixed[1]), (heads[1], fixed[0]))
-        ]
-        return {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
-
-
-VARIATIONS = ("head_input", "against", "warmup")
 
 
 @dataclass(frozen=True)
@@ -430,16 +353,21 @@ def about(bench: Bench) -> dict[str, Any]:
     return {"settings": shared, "versions": versions(), "hardware": hardware()}
 
 
+SCORES = (
+    "Accuracies in percent, of frozen features on test images; k-means with as many clusters as "
+    "classes; the heads' NMI is the mean over heads."
+)
+
+
 def sentence(bench: Bench) -> str:
-    """Return what a table's reader has to know."""
+    """Return what the numbers of a table were made with."""
     stated = about(bench)["settings"]
-    seeds = ", ".join(map(str, stated["seeds"]))
-    counts = stated["images"]
+    counts, seeds = stated["images"], stated["seeds"]
+    listed = ", ".join(map(str, seeds))
+    over = f"seed {listed}" if len(seeds) == 1 else f"mean ± standard deviation of seeds {listed}"
     return (
         f"{stated['source']}: {counts['train']} training and {counts['test']} test images; "
-        f"backbone {stated['backbone']}, batch {stated['batch_size']}, mean ± standard deviation "
-        f"of seeds {seeds}. Accuracies in percent, of frozen features; k-means with as many "
-        "clusters as classes; the heads' NMI is the mean over heads."
+        f"backbone {stated['backbone']}, batch {stated['batch_size']}, {over}."
     )
 
 

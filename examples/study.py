@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from _demo_report import markdown
-from _study_runs import HEAD, Bench, Trial, about, cells, finish, parse, parser_of, sentence
+from _study_runs import HEAD, SCORES, Bench, Trial, about, cells, finish, parse, parser_of, sentence
 from demo import METHODS, write
 
 # What a rung keeps.
@@ -113,8 +113,8 @@ def study(args: Any) -> None:
     text = "\n\n".join(
         [
             markdown(["method", *HEAD], table),
-            f"{sentence(bench)} {args.epochs} epochs. Each method was tuned for {spent} epochs "
-            f"(settings: {rungs}) by kNN on {len(bench.validation.test)} other images.",
+            f"{sentence(bench)} {args.epochs} epochs. {SCORES} Each method was tuned for {spent} "
+            f"epochs (settings: {rungs}) by kNN on {len(bench.validation.test)} other images.",
             "What won:",
             "\n".join(chosen),
         ]

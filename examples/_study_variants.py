@@ -1,0 +1,159 @@
+"""C2BIN with what the paper does not say and the library does not offer: to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from c2bin_lightly import C2BIN
+from torch import Tensor, nn
+
+from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regularizer
+
+Views = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+class NormalizedHead(MultiScaleClusterHead):
+    """Cluster heads on features of one scale: of equal length, or standardised over the batch."""
+
+    def __init__(
+        self, in_features: int, num_clusters: Sequence[int], how: Literal["length", "batch"]
+    ) -> None:
+        super().__init__(in_features, num_clusters)
+        self.norm = nn.BatchNorm1d(in_features, affine=False) if how == "batch" else None
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return each head's soft assignments (n, K) of features (n, d)."""
+        if self.norm is not None:
+            features = self.norm(features)
+        else:
+            features = nn.functional.normalize(features) * features.shape[1] ** 0.5
+        assignments: tuple[Tensor, ...] = super().forward(features)
+        return assignments
+
+
+class AssignmentQueue(nn.Module):
+    """The last assignments of both views and all heads, without gradient.
+
+    Args:
+        size: Rows that are kept.
+        num_clusters: K of each head.
+    """
+
+    rows: Tensor
+    seen: Tensor
+
+    def __init__(self, size: int, num_clusters: Sequence[int]) -> None:
+        super().__init__()
+        self.size, self.num_clusters = size, list(num_clusters)
+        # A row per image: all heads side by side, view 0 and then view 1.
+        self.register_buffer("rows", torch.zeros(size, 2 * sum(num_clusters)))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, heads: Views) -> Views:
+        """Return assignments with the rows kept below them; keep these in place of the oldest."""
+        batch = torch.cat([*heads[0], *heads[1]], dim=1)
+        past = self.rows[: min(self.size, int(self.seen))]
+        both = torch.cat([batch, past.clone()])
+        places = (int(self.seen) + torch.arange(len(batch), device=batch.device)) % self.size
+        self.rows[places] = batch.detach().to(self.rows.dtype)
+        self.seen += len(batch)
+        parts = both.split([*self.num_clusters, *self.num_clusters], dim=1)
+        heads_of = len(self.num_clusters)
+        return parts[:heads_of], parts[heads_of:]
+
+
+class VariedC2BIN(C2BIN):
+    """C2BIN with other wirings of its cluster branch.
+
+    Args:
+        backbone: As in `C2BIN`.
+        feature_dim: As in `C2BIN`.
+        head_input: What the heads see: features as they are, of equal `"length"`, or standardised
+            over the `"batch"`.
+        against: Contrast the runner's assignments of one view with the runner's of the other, or
+            with the follower's, which get no gradient.
+        warmup: Part of the run in which the cluster weight rises from 0.
+        queue: Past images whose assignments stand beside the batch's in the cluster terms.
+        **c2bin: See `C2BIN`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        head_input: Literal["plain", "length", "batch"] = "plain",
+        against: Literal["runner", "follower"] = "runner",
+        warmup: float = 0.0,
+        queue: int = 0,
+        **c2bin: Any,
+    ) -> None:
+        super().__init__(backbone, feature_dim, **c2bin)
+        clusters = self.cluster_head.num_clusters
+        if head_input != "plain":
+            self.cluster_head = NormalizedHead(feature_dim, clusters, head_input)
+        self.against, self.warmup = against, warmup
+        self.cluster_weight = self.criterion.cluster_weight
+        if queue:
+            self.criterion = Queued(self.criterion, AssignmentQueue(queue, clusters))
+
+    def on_train_batch_start(self, batch: Sequence[Any], batch_idx: int) -> None:
+        """Set the cluster weight of this step."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.warmup:
+            steps = self.warmup * int(self.trainer.estimated_stepping_batches)
+            part = min(1.0, self.global_step / max(1.0, steps))
+            self.criterion.cluster_weight = self.cluster_weight * part
+
+    def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
+        """Return the total and its parts of one batch of two views."""
+        if self.against == "runner":
+            return super().losses(view0, view1)
+        features = self(view0), self(view1)
+        predictions = tuple(self.predictor(self.projector(f)) for f in features)
+        with torch.no_grad():
+            followed = [self.follower_backbone(view).flatten(1) for view in (view0, view1)]
+            targets = tuple(self.follower_projector(f) for f in followed)
+            fixed = [self.cluster_head(f) for f in followed]
+        heads = [self.cluster_head(f) for f in features]
+        ways = [
+            self.criterion(predictions, targets, pair)._asdict()
+            for pair in ((heads[0], fixed[1]), (heads[1], fixed[0]))
+        ]
+        return {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
+
+
+class Queued(nn.Module):
+    """`C2BINLoss` with a queue under the cluster terms; the alignment is the batch's."""
+
+    def __init__(self, loss: C2BINLoss, queue: AssignmentQueue) -> None:
+        super().__init__()
+        self.loss, self.queue = loss, queue
+
+    def forward(
+        self, predictions: Sequence[Tensor], targets: Sequence[Tensor], heads: Views
+    ) -> Any:
+        """Return the loss and its parts, as `C2BINLoss` does."""
+        loss = self.loss
+        own = loss(predictions, targets, heads)
+        views = self.queue(heads)
+        contrast = sum(
+            bca_contrastive_loss(
+                *pair,
+                temperature=loss.temperature,
+                similarity=loss.similarity,
+                positive_in_denominator=loss.positive_in_denominator,
+                symmetric=loss.symmetric,
+            )
+            for pair in zip(*views, strict=True)
+        )
+        gaps = [cluster_entropy_regularizer(head) for view in views for head in view]
+        entropy = torch.stack(gaps).sum() / 2
+        total = own.alignment + loss.cluster_weight * (contrast + loss.entropy_weight * entropy)
+        return own._replace(loss=total, contrast=contrast, entropy=entropy)
+
+
+VARIATIONS = ("head_input", "against", "warmup", "queue")

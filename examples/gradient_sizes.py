@@ -1,0 +1,256 @@
+"""How large the gradient of each term is while C2BIN trains: why the printed form fails.
+
+    python examples/gradient_sizes.py [--out runs/gradients]
+
+Trains C2BIN once per form of the loss and takes, every few steps, the norm of the gradient of each
+weighted term with respect to the features of a batch: the alignment, and the contrast and entropy
+of each head. Writes gradients.json, gradients.md and gradients.png to --out. Ctrl-C at any time:
+the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from _demo_options import quieten
+from _demo_report import markdown
+from _demo_training import features_of, fit
+from _study_runs import Bench, about, finish, parse, parser_of, sentence
+from c2bin_lightly import C2BIN, evaluate
+from c2bin_lightly.backbones import backbone
+from demo import BOOTSTRAP, LR_PER_IMAGE, OPTIMIZATION, write
+from torch import Tensor
+from tqdm import tqdm
+
+from c2bin_ext import C2BINLoss
+from c2bin_ext.functional import cluster_entropy_regularizer
+
+# How often a batch is looked at.
+EVERY = 5
+FORMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "dot products": {"similarity": "dot"},
+    "entropy summed": {"reduction": "sum"},
+    "as printed": {"formulas": "printed"},
+    "as printed, entropy weight 1/n": {"formulas": "printed", "entropy_weight": 1 / 128},
+}
+
+
+class WatchedC2BIN(C2BIN):
+    """C2BIN that keeps, every few steps, the gradient norm of each weighted term.
+
+    Attributes:
+        rows: One for each step looked at: `step`, the norms, and the share of the largest entry in
+            an average assignment of the first head.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows: list[dict[str, float]] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the rows, for a run that is resumed."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["gradients"] = self.rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the rows of the epochs before."""
+        super().on_load_checkpoint(checkpoint)
+        self.rows = checkpoint["gradients"]
+
+    def objective(
+        self,
+        features: tuple[Tensor, ...],
+        predictions: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...],
+    ) -> dict[str, Tensor]:
+        """Return the losses of one batch, unchanged."""
+        if self.global_step % EVERY == 0:
+            self.rows.append(self.look(features, predictions, targets))
+        return super().objective(features, predictions, targets)
+
+    def look(
+        self,
+        features: tuple[Tensor, ...],
+        predictions: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...],
+    ) -> dict[str, float]:
+        """Return the norms of this step."""
+        loss = self.criterion
+        heads = self.cluster_head(features[0]), self.cluster_head(features[1])
+        terms: dict[str, Tensor] = {}
+        for view0, view1 in zip(*heads, strict=True):
+            k = view0.shape[1]
+            parts = loss(predictions, targets, ([view0], [view1]))
+            terms["alignment"] = parts.alignment
+            terms[f"contrast, K={k}"] = loss.cluster_weight * parts.contrast
+            terms[f"entropy, K={k}"] = loss.cluster_weight * loss.entropy_weight * parts.entropy
+        row = {"step": float(self.global_step)}
+        for name, term in terms.items():
+            grads = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True)
+            row[name] = sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5
+        with torch.no_grad():
+            row["confidence"] = float(heads[0][0].amax(dim=1).mean())
+            k = heads[0][0].shape[1]
+            row["effective"] = float(k * (-cluster_entropy_regularizer(heads[0][0])).exp())
+        return row
+
+
+def watch(bench: Bench, form: str) -> dict[str, Any]:
+    """Train one form, or read what an earlier call found; its rows and its kNN accuracy."""
+    args, images, seed = bench.args, bench.images, bench.args.seeds[0]
+    folder = bench.out / form.replace(" ", "-").replace(",", "").replace("/", "-")
+    done = folder / "gradients.json"
+    settings = {
+        "form": form,
+        "loss": FORMS[form],
+        "epochs": args.epochs,
+        "seed": seed,
+        "batch_size": args.batch_size,
+        "backbone": args.backbone,
+        "pixels": images.fingerprint(),
+    }
+    if done.exists():
+        content: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        if content["settings"] == settings:
+            return content
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    net, features = backbone(args.backbone, images.size)
+    options = dict(FORMS[form])
+    build = C2BINLoss.paper if options.pop("formulas", "") == "printed" else C2BINLoss
+    lr = LR_PER_IMAGE * args.batch_size
+    model = WatchedC2BIN(net, features, lr=lr, loss=build(**options), **OPTIMIZATION, **BOOTSTRAP)
+    with tqdm(total=args.epochs, desc=form, unit="epoch", disable=None) as overall:
+        fit(
+            model,
+            form,
+            images,
+            folder / "last.ckpt",
+            seed,
+            overall,
+            dataset=args.dataset,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            accelerator=args.accelerator,
+            devices=1,
+            precision=args.precision,
+            workers=args.workers,
+            scored=False,
+        )
+    train = features_of(net, images.train, images.train_labels)
+    test = features_of(net, images.test, images.test_labels)
+    knn = evaluate.knn_accuracy(train, test, k=5)
+    content = {"settings": settings, "knn5": knn, "rows": model.rows}
+    write(done, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def mean(rows: list[dict[str, float]], name: str) -> float:
+    """Return the mean of one number over rows."""
+    return statistics.fmean(row[name] for row in rows)
+
+
+def run(args: Any) -> None:
+    """Watch every form; write the table, the numbers and the picture."""
+    bench = Bench(args, args.epochs)
+    found = {form: watch(bench, form) for form in FORMS}
+    last = int(max(row["step"] for row in found["default"]["rows"]))
+    spans = {"first 20 steps": (0, 20), "middle": (last * 2 // 5, last * 3 // 5)}
+    spans["last fifth"] = (last * 4 // 5, last + 1)
+    table = []
+    for form, content in found.items():
+        for span, (start, end) in spans.items():
+            rows = [row for row in content["rows"] if start <= row["step"] < end]
+            head = next(name for name in rows[0] if name.startswith("contrast"))
+            entropy = head.replace("contrast", "entropy")
+            values = [mean(rows, name) for name in ("alignment", head, entropy)]
+            table.append(
+                [
+                    form if span == "first 20 steps" else "",
+                    span,
+                    *(f"{value:.2g}" for value in values),
+                    f"{mean(rows, 'confidence'):.2f}",
+                    f"{mean(rows, 'effective'):.1f}",
+                    f"{100 * content['knn5']:.1f}" if span == "last fifth" else "",
+                ]
+            )
+    head = ["form", "steps", "alignment", "contrast, first head", "entropy, first head"]
+    head += ["confidence", "effective clusters", "kNN k=5, at the end"]
+    text = "\n\n".join(
+        [
+            markdown(head, table, left=(0, 1)),
+            f"Norm of each weighted term's gradient with respect to the features of a batch, both "
+            f"views, {args.epochs} epochs. Confidence: the mean largest entry of an assignment of "
+            f"the first head. {sentence(bench)}",
+        ]
+    )
+    record = about(bench)
+    record["settings"]["epochs"] = args.epochs
+    record["forms"] = {
+        form: {"loss": FORMS[form], "knn5": content["knn5"], "rows": content["rows"]}
+        for form, content in found.items()
+    }
+    write(args.out / "gradients.json", json.dumps(record) + "\n")
+    write(args.out / "gradients.md", text + "\n")
+    picture(args.out / "gradients.png", {form: found[form]["rows"] for form in FORMS})
+    print(f"\n{text}\n\nWritten to {args.out}")
+
+
+def picture(path: Path, forms: dict[str, list[dict[str, float]]]) -> None:
+    """Draw each form's norms over the steps, all on one logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(forms), figsize=(3.2 * len(forms), 3.4), sharey=True, layout="constrained"
+    )
+    names = [
+        name for name in next(iter(forms.values()))[0] if name.startswith(("al", "con", "ent"))
+    ]
+    names = [name for name in names if name != "confidence"]
+    styles = {
+        "alignment": ("#000000", "-"),
+        "contrast": ("#0072B2", "-"),
+        "entropy": ("#D55E00", "--"),
+    }
+    for axis, (form, rows) in zip(axes, forms.items(), strict=True):
+        steps = [row["step"] for row in rows]
+        for name in names:
+            kind = name.partition(",")[0]
+            of_kind = [other for other in names if other.startswith(kind)]
+            colour, line = styles[kind]
+            # Lighter for larger heads.
+            strength = 1 - 0.3 * of_kind.index(name)
+            # A gradient of exactly 0 has no place on a logarithmic scale.
+            values = [max(row[name], 1e-9) for row in rows]
+            axis.plot(steps, values, line, color=colour, alpha=strength, lw=1.3, label=name)
+        axis.set(title=form, xlabel="step", yscale="log", ylim=(1e-6, None))
+        axis.title.set_fontsize(10)
+    axes[0].set_ylabel("norm of the gradient")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    parser = parser_of(__doc__, "runs/gradients")
+    parser.add_argument("--epochs", type=int, default=15, help="default: 15")
+    parser.set_defaults(seeds=[0])
+    args = parse(parser, argv, epochs=1)
+    args.validation = 0
+    quieten()
+    return finish(lambda: run(args), args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
