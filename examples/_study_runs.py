@@ -66,6 +66,12 @@ class Trial:
         return f"{METHODS[self.method][0]}: {', '.join(changed) or 'as in the demo'}"
 
 
+def hush() -> None:
+    """Silence Lightning, and what is known here and the same for each of many runs."""
+    quieten()
+    warnings.filterwarnings("ignore", message="A head has .* clusters but a global batch")
+
+
 def settings_of(
     trial: Trial, args: argparse.Namespace, images: Images, epochs: int, seed: int
 ) -> dict[str, Any]:
@@ -111,9 +117,7 @@ def run(
     whole: bool,
 ) -> Result:
     """Train from the last finished epoch, score and keep; the top level of a process of its own."""
-    quieten()
-    # Known here, and the same for each of many runs.
-    warnings.filterwarnings("ignore", message="A head has .* clusters but a global batch")
+    hush()
     if args.accelerator == "cpu" and args.processes > 1:
         torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -57,9 +57,10 @@ class AssignmentQueue(nn.Module):
         batch = torch.cat([*heads[0], *heads[1]], dim=1)
         past = self.rows[: min(self.size, int(self.seen))]
         both = torch.cat([batch, past.clone()])
-        places = (int(self.seen) + torch.arange(len(batch), device=batch.device)) % self.size
-        self.rows[places] = batch.detach().to(self.rows.dtype)
-        self.seen += len(batch)
+        kept = batch.detach()[-self.size :].to(self.rows.dtype)
+        places = (int(self.seen) + torch.arange(len(kept), device=batch.device)) % self.size
+        self.rows[places] = kept
+        self.seen += len(kept)
         parts = both.split([*self.num_clusters, *self.num_clusters], dim=1)
         heads_of = len(self.num_clusters)
         return parts[:heads_of], parts[heads_of:]

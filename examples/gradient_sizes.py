@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _demo_options import quieten
 from _demo_report import markdown
 from _demo_training import features_of, fit
-from _study_runs import Bench, about, finish, parse, parser_of, sentence
+from _study_runs import Bench, about, finish, hush, parse, parser_of, sentence
 from c2bin_lightly import C2BIN, evaluate
 from c2bin_lightly.backbones import backbone
 from demo import BOOTSTRAP, LR_PER_IMAGE, OPTIMIZATION, write
@@ -160,19 +159,19 @@ def run(args: Any) -> None:
     """Watch every form; write the table, the numbers and the picture."""
     bench = Bench(args, args.epochs)
     found = {form: watch(bench, form) for form in FORMS}
-    last = int(max(row["step"] for row in found["default"]["rows"]))
-    spans = {"first 20 steps": (0, 20), "middle": (last * 2 // 5, last * 3 // 5)}
-    spans["last fifth"] = (last * 4 // 5, last + 1)
     table = []
     for form, content in found.items():
-        for span, (start, end) in spans.items():
-            rows = [row for row in content["rows"] if start <= row["step"] < end]
+        part = -(-len(content["rows"]) // 5)
+        middle = (len(content["rows"]) - part) // 2
+        spans = {"first fifth": 0, "middle": middle, "last fifth": len(content["rows"]) - part}
+        for span, start in spans.items():
+            rows = content["rows"][start : start + part]
             head = next(name for name in rows[0] if name.startswith("contrast"))
             entropy = head.replace("contrast", "entropy")
             values = [mean(rows, name) for name in ("alignment", head, entropy)]
             table.append(
                 [
-                    form if span == "first 20 steps" else "",
+                    form if span == "first fifth" else "",
                     span,
                     *(f"{value:.2g}" for value in values),
                     f"{mean(rows, 'confidence'):.2f}",
@@ -248,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(seeds=[0])
     args = parse(parser, argv, epochs=1)
     args.validation = 0
-    quieten()
+    hush()
     return finish(lambda: run(args), args.out)
 
 

@@ -1,0 +1,244 @@
+"""The studies: halving keeps the best, choices are made on images of their own, runs are kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightly")
+pytest.importorskip("matplotlib")
+
+from torch import Tensor
+
+from c2bin_ext import C2BINLoss
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = ["--limit", "60", "--limit-test", "40", "--batch-size", "20", "--workers", "0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules() -> Iterator[None]:
+    """Put the examples on the path, as running them does."""
+    sys.path.insert(0, str(EXAMPLES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import study  # noqa: F401
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+def assignments(n: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (
+        [torch.randn(n, k, generator=generator).softmax(dim=1) for k in (3, 5)] for _ in range(2)
+    )
+    return first, second
+
+
+def test_halving_keeps_the_best_of_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    import study
+
+    asked: list[tuple[int, list[Any], bool]] = []
+
+    class Bench:
+        def results(
+            self, what: str, trials: list[Any], epochs: int, seeds: list[int], final: bool
+        ) -> list[list[dict[str, float]]]:
+            asked.append((epochs, list(trials), final))
+            # A setting's score is its learning rate, so that the best can be told.
+            return [[{"knn200": trial.options.get("lr", 0.06)}] for trial in trials]
+
+    methods = ["simclr", "c2bin"]
+    history = study.tune(Bench(), methods, 9, [1, 2, 4])
+    assert [epochs for epochs, _, _ in asked] == [1, 2, 4]
+    assert [len(trials) for _, trials, _ in asked] == [18, 6, 2]
+    assert not any(final for _, _, final in asked)
+    first = asked[0][1]
+    for method in methods:
+        rates = sorted(t.options.get("lr", 0.06) for t in first if t.method == method)
+        kept = [t.options.get("lr", 0.06) for t in asked[1][1] if t.method == method]
+        assert sorted(kept) == rates[-3:]
+        best, score = history[-1]["ranked"][method][0]
+        assert score == rates[-1] == best.options.get("lr", 0.06)
+
+
+def test_settings_are_drawn_alike_and_differ() -> None:
+    import study
+
+    for method in study.METHODS:
+        trials = study.draw(method, 8)
+        assert trials == study.draw(method, 8)
+        assert trials == study.draw(method, 20)[:8]
+        assert trials[0] == study.Trial(method)
+        assert all(trials.count(trial) == 1 for trial in trials)
+        assert all(bool(trial.loss) == (method == "c2bin") for trial in trials[1:])
+
+
+def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import study
+
+    command = [*SMALL, "--methods", "byol", "c2bin", "--trials", "2", "--rungs", "1"]
+    command += ["--epochs", "1", "--validation", "30", "--seeds", "4", "5", "--out", str(tmp_path)]
+    assert study.main(command) == 0
+    record = json.loads((tmp_path / "study.json").read_text())
+    assert record["settings"]["images"] == {"train": 60, "test": 40, "validation": 30}
+    assert [len(rung["validation_knn200"]) for rung in record["rungs"]] == [4]
+    rows = [row["row"] for row in record["final"]]
+    assert rows == [
+        "BYOL, tuned",
+        "BYOL, as in the demo",
+        "C2BIN, tuned",
+        "C2BIN, as in the demo",
+        "C2BIN, as printed",
+    ]
+    assert set(record["final"][0]["results"]) == {"4", "5"}
+    text = (tmp_path / "study.md").read_text()
+    assert all(row in text for row in rows)
+
+    # What is there is not trained again, and gives the same table.
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
+    assert study.main(command) == 0
+    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/result.json")}
+    assert (tmp_path / "study.md").read_text() == text
+    assert not list(tmp_path.glob("runs/*/last.ckpt"))
+
+
+def test_choices_are_made_on_images_of_their_own(tmp_path: Path) -> None:
+    import study
+    from _study_runs import Bench, parse, parser_of
+
+    parser = parser_of(study.__doc__, str(tmp_path))
+    args = parse(parser, SMALL)
+    args.validation = 30
+    bench = Bench(args, longest=1)
+    parts = [bench.images.train, bench.validation.test, bench.images.test]
+    assert [len(part) for part in parts] == [60, 30, 40]
+    seen = [{image.numpy().tobytes() for image in part} for part in parts]
+    assert not seen[0] & seen[1]
+    assert not seen[1] & seen[2]
+    assert torch.equal(bench.validation.train, bench.images.train)
+    # Every class is there to choose by.
+    assert len(bench.validation.test_labels.unique()) == 10
+
+
+def test_decisions(tmp_path: Path) -> None:
+    import decisions
+
+    names = [
+        "BYOL, no cluster terms",
+        "default",
+        "against the follower",
+        "cluster weight warmed up",
+        "features of equal length",
+        "features standardised",
+        "statistics over 10 steps",
+        "queue of 512 images",
+        "as printed",
+    ]
+    command = [*SMALL, "--epochs", "1", "--seeds", "0", "--num-clusters", "4", "8"]
+    assert decisions.main([*command, "--out", str(tmp_path), "--only", *names]) == 0
+    record = json.loads((tmp_path / "decisions.json").read_text())
+    assert [choice["row"] for choice in record["choices"]] == names
+    found = {choice["row"]: choice["results"]["0"] for choice in record["choices"]}
+    losses = {name: result["curve"][0]["train_loss"] for name, result in found.items()}
+    # Every choice is another objective: none is an option that nothing reads.
+    assert len(set(losses.values())) == len(names)
+    assert [head["k"] for head in found["default"]["clustering"][1:]] == [4, 8]
+
+
+def test_every_choice_is_an_option() -> None:
+    import decisions
+    from _study_runs import model_of
+
+    for name in decisions.CHOICES:
+        trial = decisions.trial(name, [4, 8])
+        options = {"lr": 0.1, **trial.options}
+        settings = {"seed": 0, "backbone": "small", "method": trial.method}
+        model = model_of({**settings, "options": options, "loss": trial.loss}, size=16)
+        assert sum(p.numel() for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("size", [3, 8, 10])
+def test_queue(size: int) -> None:
+    from _study_variants import AssignmentQueue, Queued
+
+    loss = Queued(C2BINLoss(), AssignmentQueue(size, (3, 5)))
+    whole = C2BINLoss()
+    embeddings = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    past: list[list[list[Tensor]]] = [[[], []], [[], []]]  # per view and head, newest last
+    for step in range(6):
+        heads = assignments(4, seed=step)
+        leaves = [[head.clone().requires_grad_() for head in view] for view in heads]
+        found = loss(tuple(embeddings), tuple(embeddings), leaves)
+        kept = min(size, 4 * step)
+        union = [
+            [
+                torch.cat([leaf, torch.cat([*rows, leaf[:0]])[-kept:] if kept else leaf[:0]])
+                for leaf, rows in zip(view, past_view, strict=True)
+            ]
+            for view, past_view in zip(leaves, past, strict=True)
+        ]
+        fill = torch.ones(2, 4 + kept, 6)
+        wanted = whole(tuple(fill), tuple(fill), union)
+        torch.testing.assert_close(found.contrast, wanted.contrast)
+        torch.testing.assert_close(found.entropy, wanted.entropy)
+        torch.testing.assert_close(
+            found.loss, found.alignment + 2 * (found.contrast + found.entropy)
+        )
+        grads = [
+            torch.autograd.grad(part.contrast + part.entropy, leaves[0] + leaves[1])
+            for part in (found, wanted)
+        ]
+        torch.testing.assert_close(*grads)
+        for view, past_view in zip(heads, past, strict=True):
+            for head, rows in zip(view, past_view, strict=True):
+                rows.append(head)
+
+
+def test_gradient_sizes(tmp_path: Path) -> None:
+    import gradient_sizes
+
+    command = [*SMALL, "--epochs", "2", "--out", str(tmp_path)]
+    assert gradient_sizes.main(command) == 0
+    record = json.loads((tmp_path / "gradients.json").read_text())
+    assert list(record["forms"]) == list(gradient_sizes.FORMS)
+    assert (tmp_path / "gradients.png").stat().st_size > 10_000
+    # The summed entropy pulls n times as hard as the mean in the first step, from which on all
+    # forms are the same network.
+    first = {name: form["rows"][0] for name, form in record["forms"].items()}
+    for k in (32, 64, 128):
+        ratio = first["entropy summed"][f"entropy, K={k}"] / first["default"][f"entropy, K={k}"]
+        assert ratio == pytest.approx(20, rel=1e-3)
+    assert first["default"]["alignment"] == pytest.approx(first["dot products"]["alignment"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--trials", "0"], "--trials must be at least 1, got 0"),
+        (["--rungs", "3", "0"], "--rungs must be at least 1, got 0"),
+        (["--seeds", "1", "1"], "--seeds must be different whole numbers"),
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+    ],
+)
+def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import study
+
+    with pytest.raises(SystemExit):
+        study.main(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import study
+
+    missing = tmp_path / "missing"
+    assert study.main(["--data", str(missing), "--out", str(tmp_path / "out")]) == 2
+    assert f"{missing} does not exist" in capsys.readouterr().err
