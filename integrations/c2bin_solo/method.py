@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from solo.methods.base import BaseMethod
 from solo.methods.byol import BYOL
@@ -37,6 +39,20 @@ _CHECKPOINT_KEY = "c2bin_method_kwargs"
 
 def _plain(section: DictConfig) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(section))
+
+
+class _WholeFiles(TorchCheckpointIO):  # type: ignore[misc]
+    """Writes checkpoints beside their place, then puts them there in one go.
+
+    Lightning 2.1 writes into the file itself; killed meanwhile, it leaves one that nothing resumes.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        part = f"{path}.part"
+        super().save_checkpoint(checkpoint, part, storage_options)
+        os.replace(part, path)
 
 
 class C2BIN(BYOL):  # type: ignore[misc]
@@ -189,6 +205,9 @@ class C2BIN(BYOL):  # type: ignore[misc]
     def on_train_start(self) -> None:
         """Put solo-learn's momentum schedule where a resumed run left it."""
         super().on_train_start()
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # and not one of the user's choice
+            strategy.checkpoint_io = _WholeFiles()
         self.last_step = self.trainer.global_step
         if self.last_step:
             self.momentum_updater.update_tau(

@@ -44,6 +44,7 @@ with warnings.catch_warnings():
 
 from hydra import compose, initialize_config_module
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -438,6 +439,24 @@ class TestTraining:
         other = C2BIN(config(method_kwargs={**KWARGS, "temperature": 0.25}, **options))
         with pytest.raises(ValueError, match=r"temperature 0.5 -> 0.25"):
             trainer(tmp_path, 2).fit(other, loaders()[0], ckpt_path=tmp_path / "a.ckpt")
+
+    def test_a_checkpoint_cut_off_leaves_the_one_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = trainer(tmp_path, 1)
+        run.fit(build(), *loaders())
+        path = tmp_path / "last.ckpt"
+        run.save_checkpoint(path)
+        whole = path.read_bytes()
+
+        def killed(io: TorchCheckpointIO, checkpoint: Any, path: Any, options: Any) -> None:
+            Path(path).write_bytes(whole[: len(whole) // 2])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_checkpoint(path)
+        assert path.read_bytes() == whole
 
     @pytest.mark.parametrize("method", ["c2bin", "byol"])
     def test_load_backbone(self, tmp_path: Path, method: str) -> None:
