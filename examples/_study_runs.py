@@ -375,6 +375,14 @@ def sentence(bench: Bench) -> str:
     )
 
 
+def recorded(results: Sequence[Result], seeds: Sequence[int]) -> dict[int, Result]:
+    """Return each seed's scores, for the JSON file; the curves stay in the runs' folders."""
+    return {
+        seed: {name: value for name, value in result.items() if name != "curve"}
+        for seed, result in zip(seeds, results, strict=True)
+    }
+
+
 def spread(values: Sequence[float], form: str) -> str:
     """Return mean ± standard deviation, or the one value."""
     mean = format(statistics.fmean(values), form)

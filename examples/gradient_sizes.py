@@ -31,6 +31,8 @@ from c2bin_ext.functional import cluster_entropy_regularizer
 
 # How often a batch is looked at.
 EVERY = 5
+# Of the picture: smaller gradients are nothing beside the others.
+FLOOR = 1e-6
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
     "dot products": {"similarity": "dot"},
@@ -209,33 +211,45 @@ def picture(path: Path, forms: dict[str, list[dict[str, float]]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        1, len(forms), figsize=(3.2 * len(forms), 3.4), sharey=True, layout="constrained"
+        2, 3, figsize=(10, 6), sharex=True, sharey=True, layout="constrained"
     )
-    names = [
-        name for name in next(iter(forms.values()))[0] if name.startswith(("al", "con", "ent"))
-    ]
-    names = [name for name in names if name != "confidence"]
+    first = next(iter(forms.values()))[0]
     styles = {
         "alignment": ("#000000", "-"),
         "contrast": ("#0072B2", "-"),
         "entropy": ("#D55E00", "--"),
     }
-    for axis, (form, rows) in zip(axes, forms.items(), strict=True):
-        steps = [row["step"] for row in rows]
+    names = sorted(
+        (name for name in first if name.partition(",")[0] in styles),
+        key=lambda name: list(styles).index(name.partition(",")[0]),
+    )
+    top = 2 * max(row[name] for rows in forms.values() for row in rows for name in names)
+    *panels, corner = axes.flat
+    for axis, (form, rows) in zip(panels, forms.items(), strict=True):
         for name in names:
             kind = name.partition(",")[0]
-            of_kind = [other for other in names if other.startswith(kind)]
+            heads = [other for other in names if other.startswith(kind)]
             colour, line = styles[kind]
-            # Lighter for larger heads.
-            strength = 1 - 0.3 * of_kind.index(name)
-            # A gradient of exactly 0 has no place on a logarithmic scale.
-            values = [max(row[name], 1e-9) for row in rows]
-            axis.plot(steps, values, line, color=colour, alpha=strength, lw=1.3, label=name)
-        axis.set(title=form, xlabel="step", yscale="log", ylim=(1e-6, None))
-        axis.title.set_fontsize(10)
-    axes[0].set_ylabel("norm of the gradient")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=8)
+            axis.plot(
+                [row["step"] for row in rows],
+                # What has vanished runs along the bottom.
+                [max(row[name], FLOOR) for row in rows],
+                line,
+                color=colour,
+                alpha=1 - 0.3 * heads.index(name),  # lighter for larger heads
+                lw=1.4,
+                label=name,
+            )
+        axis.set_title(form, fontsize=11)
+        axis.set(yscale="log", ylim=(FLOOR, top))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("norm of the gradient")
+    for axis in (*axes[1, :2], axes[0, 2]):
+        axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
+    corner.axis("off")
+    handles, labels = panels[0].get_legend_handles_labels()
+    corner.legend(handles, labels, loc="center", frameon=False, title="gradient of")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -18,7 +18,19 @@ import sys
 from typing import Any
 
 from _demo_report import markdown
-from _study_runs import HEAD, SCORES, Bench, Trial, about, cells, finish, parse, parser_of, sentence
+from _study_runs import (
+    HEAD,
+    SCORES,
+    Bench,
+    Trial,
+    about,
+    cells,
+    finish,
+    parse,
+    parser_of,
+    recorded,
+    sentence,
+)
 from demo import METHODS, write
 
 # What a rung keeps.
@@ -133,7 +145,7 @@ def study(args: Any) -> None:
         for rung in history
     ]
     record["final"] = [
-        {"row": name, **vars(trial), "results": dict(zip(args.seeds, found[name], strict=True))}
+        {"row": name, **vars(trial), "results": recorded(found[name], args.seeds)}
         for name, trial in rows.items()
     ]
     write(args.out / "study.json", json.dumps(record, indent=1) + "\n")

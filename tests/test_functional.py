@@ -432,6 +432,25 @@ class TestContrast:
         twice = functional.bca_contrastive_loss(first.repeat(2, 1), second.repeat(2, 1))
         same(twice, functional.bca_contrastive_loss(first, second).item())
 
+    def test_as_printed_it_cannot_tell_balance_from_collapse(self) -> None:
+        """Why the printed form needs its entropy term, and its positive: see the Decisions page."""
+        n, k = 24, 6
+        balanced = torch.eye(k).repeat(n // k, 1)
+        collapsed = torch.eye(k)[:1].repeat(n, 1)
+        options = {"similarity": "dot", "symmetric": False}
+
+        def values(**more: Any) -> list[float]:
+            return [
+                float(functional.bca_contrastive_loss(view, view, **options, **more))
+                for view in (balanced, collapsed)
+            ]
+
+        printed = values(positive_in_denominator=False)
+        assert printed[0] == pytest.approx(printed[1], rel=1e-6)
+        assert printed[0] == pytest.approx(-(n / k) / 0.5 + math.log(k - 1), rel=1e-6)
+        kept = values(positive_in_denominator=True)
+        assert kept[0] < kept[1] - 1
+
 
 class TestMassAndEntropy:
     @pytest.mark.parametrize(("n", "k"), SIZES)
