@@ -242,6 +242,28 @@ class TestFollower:
 
 
 class TestC2BIN:
+    def test_half_precision_with_scaled_gradients(self) -> None:
+        """The arithmetic of precision 16-mixed, which Lightning keeps for GPUs."""
+        model = build(C2BIN, num_clusters=(4, 6))
+        model.log_dict = lambda *args, **kwargs: None
+        views = torch.rand(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        exact = copy.deepcopy(model).losses(*views)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        losses = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = model.training_step(((views[0], views[1]), None), 0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.detach())
+        assert loss.dtype is torch.float32
+        torch.testing.assert_close(losses[0], exact["loss"].detach(), rtol=1e-2, atol=0)
+        assert losses[-1] < losses[0]
+        assert scaler.get_scale() == 2.0**14  # no step was left out for an overflow
+
     def test_is_byol_plus_heads_on_backbone_features(self) -> None:
         byol, c2bin = build(BYOL), build(C2BIN, loss=C2BINLoss(cluster_weight=0.0))
         extra = set(dict(c2bin.named_parameters())) - set(dict(byol.named_parameters()))
