@@ -158,7 +158,7 @@ def run(
             heads = model.cluster_head(test.features)
         for p in heads:
             result["clustering"].append(scores_by("own head", test.labels, p.argmax(1), p))
-    (folder / "last.ckpt").unlink()
+    (folder / "last.ckpt").unlink(missing_ok=True)
     write(folder / "result.json", json.dumps(result, indent=1))
     return result
 
