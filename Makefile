@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two cores share the work of most of these best when each process keeps to one thread.
 export OMP_NUM_THREADS ?= 1
+TINY := --limit 60 --limit-test 40 --batch-size 20 --epochs 1 --seeds 0
 
 .PHONY: help setup demo test lint types unit docs package examples benchmark mutation clean
 
@@ -48,6 +49,9 @@ examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --batch-size 4 --rounds 1
 	$(BIN)/python examples/demo.py --smoke --out build/smoke --overwrite
 	$(BIN)/python examples/paper all --budget smoke --out build/paper
+	$(BIN)/python examples/study.py --methods c2bin --trials 1 --rungs 1 $(TINY) --out build/study
+	$(BIN)/python examples/decisions.py --only default $(TINY) --out build/decisions
+	$(BIN)/python examples/gradient_sizes.py $(TINY) --out build/gradients
 
 benchmark: setup  ## cost of the losses, of a training step, and over processes
 	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results

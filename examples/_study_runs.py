@@ -67,9 +67,10 @@ class Trial:
 
 
 def hush() -> None:
-    """Silence Lightning, and what is known here and the same for each of many runs."""
+    """Silence Lightning, and what a table shows: too many clusters, features all alike."""
     quieten()
     warnings.filterwarnings("ignore", message="A head has .* clusters but a global batch")
+    warnings.filterwarnings("ignore", message="Number of distinct clusters")
 
 
 def settings_of(
