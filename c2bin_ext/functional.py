@@ -312,6 +312,7 @@ def c2bin_loss(
     validate_args: bool = False,
     running: Callable[[Tensor], Tensor] | None = None,
     statistics: Tensor | None = None,
+    target_assignments: Sequence[Sequence[Tensor]] | None = None,
 ) -> C2BINLossOutput:
     """The whole objective of C2BIN, Eq. 5-7.
 
@@ -344,6 +345,9 @@ def c2bin_loss(
         statistics: the sum of `c2bin_statistics` over the micro-batches of a batch. The loss is
             then that of the batch, and the gradients of its micro-batches add up to that of the
             batch.
+        target_assignments: as `assignments`, but of the follower's features. If given, each view's
+            assignments are contrasted with the follower's of the other view, which are detached,
+            and the cluster terms are averaged over the two pairs.
 
     Returns:
         `C2BINLossOutput(loss, alignment, contrast, entropy)`; contrast and entropy are summed over
@@ -371,6 +375,14 @@ def c2bin_loss(
     options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
     aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
     heads = _check_heads(assignments, aligned[0][0], validate_args)
+    ways = 1
+    if target_assignments is not None:
+        if running is not None:
+            raise ValueError(
+                "target_assignments: expected None together with running statistics, which are "
+                "those of two views of the runner"
+            )
+        heads, ways = _against(target_assignments, heads, aligned[0][0], validate_args), 2
 
     spans_ranks = _spans_ranks(gather_distributed)
     count: int | Tensor = aligned[0][0].shape[0]
@@ -395,7 +407,8 @@ def c2bin_loss(
 
     alignment = 1 - reduce(torch.add, cosines) / (count * len(cosines))
     contrast = reduce(torch.add, contrasts)
-    entropy = reduce(torch.add, gaps) / 2
+    contrast = contrast / ways if ways > 1 else contrast
+    entropy = reduce(torch.add, gaps) / (2 * ways)
     if reduction == "sum":
         entropy = entropy * count
     loss = alignment + cluster_weight * (contrast + entropy_weight * entropy)
@@ -411,6 +424,7 @@ def c2bin_statistics(
     symmetric_alignment: bool = True,
     gather_distributed: bool = False,
     validate_args: bool = False,
+    target_assignments: Sequence[Sequence[Tensor]] | None = None,
 ) -> Tensor:
     """All sums over instances that `c2bin_loss` needs of a batch, in one vector.
 
@@ -429,6 +443,7 @@ def c2bin_statistics(
         symmetric_alignment: see `c2bin_loss`.
         gather_distributed: sum over ranks too, in one all-reduce.
         validate_args: see `c2bin_loss`.
+        target_assignments: see `c2bin_loss`.
 
     Returns:
         A vector of as many sums, float32 (float64 for float64 inputs).
@@ -457,6 +472,8 @@ def c2bin_statistics(
     options = _contrast_options(1.0, similarity, True, True)
     aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
     heads = _check_heads(assignments, aligned[0][0], validate_args)
+    if target_assignments is not None:
+        heads = _against(target_assignments, heads, aligned[0][0], validate_args)
     with torch.no_grad():
         sums = _objective_sums(aligned, heads, options)
         if _spans_ranks(gather_distributed):
@@ -562,25 +579,49 @@ def _check_aligned(
     return [(predictions[view], targets[1 - view]) for view in directions]
 
 
+def _against(
+    targets: Sequence[Sequence[Tensor]],
+    heads: list[tuple[Tensor, Tensor]],
+    prediction: Tensor,
+    validate_args: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return per head the runner's view 0 with the follower's view 1, and 1 with 0."""
+    fixed = _check_heads(targets, prediction, validate_args, "target_assignments")
+    clusters, wanted = ([pair[0].shape[1] for pair in pairs] for pairs in (fixed, heads))
+    if clusters != wanted:
+        raise ValueError(
+            f"target_assignments: expected heads of {wanted} clusters as assignments has, "
+            f"got {clusters}"
+        )
+    return [
+        pair
+        for own, other in zip(heads, fixed, strict=True)
+        for pair in ((own[0], other[1].detach()), (own[1], other[0].detach()))
+    ]
+
+
 def _check_heads(
-    assignments: Sequence[Sequence[Tensor]], prediction: Tensor, validate_args: bool
+    assignments: Sequence[Sequence[Tensor]],
+    prediction: Tensor,
+    validate_args: bool,
+    argument: str = "assignments",
 ) -> list[tuple[Tensor, Tensor]]:
     """Return per head the assignments of both views."""
-    _checks.pair("assignments", assignments, "(heads of view 0, heads of view 1)")
+    _checks.pair(argument, assignments, "(heads of view 0, heads of view 1)")
     for view, heads in enumerate(assignments):
         if isinstance(heads, Tensor) or not isinstance(heads, Sequence):
             raise TypeError(
-                f"assignments[{view}]: expected a sequence of (n, K) tensors, one per head, "
+                f"{argument}[{view}]: expected a sequence of (n, K) tensors, one per head, "
                 f"got {type(heads).__name__}"
             )
     if len(assignments[0]) != len(assignments[1]) or not assignments[0]:
         raise ValueError(
-            "assignments: expected the same number of heads, one at least, for both views, "
+            f"{argument}: expected the same number of heads, one at least, for both views, "
             f"got {len(assignments[0])} and {len(assignments[1])}"
         )
     pairs = list(zip(*assignments, strict=True))
     for head, views in enumerate(pairs):
-        names = [f"assignments[{view}][{head}]" for view in range(2)]
+        names = [f"{argument}[{view}][{head}]" for view in range(2)]
         for name, tensor in zip(names, views, strict=True):
             _check_assignments(name, tensor, validate_args)
         _checks.same_shape(names[1], views[1], names[0], views[0])

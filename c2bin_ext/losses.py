@@ -232,8 +232,9 @@ class C2BINLoss(_Loss):
         Called with `predictions` (p0, p1), `targets` (z0, z1), each (n, d), and `assignments`
         (heads of view 0, heads of view 1), each a sequence of (n, K):
         `C2BINLossOutput(loss, alignment, contrast, entropy)`, 0-dim tensors. Only `loss` is
-        weighted. A fourth argument, `statistics`, is for micro-batches: see the method of that
-        name.
+        weighted. `statistics` is for micro-batches: see the method of that name. Given
+        `target_assignments`, as `assignments` but of the follower's features, each view is
+        contrasted with the follower's other view, which gets no gradient.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -328,6 +329,7 @@ class C2BINLoss(_Loss):
         targets: Sequence[Tensor],
         assignments: Sequence[Sequence[Tensor]],
         statistics: Tensor | None = None,
+        target_assignments: Sequence[Sequence[Tensor]] | None = None,
     ) -> C2BINLossOutput:
         return functional.c2bin_loss(
             predictions,
@@ -345,6 +347,7 @@ class C2BINLoss(_Loss):
             validate_args=self.validate_args,
             running=self.running,
             statistics=statistics,
+            target_assignments=target_assignments,
         )
 
     def statistics(
@@ -352,6 +355,7 @@ class C2BINLoss(_Loss):
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
         assignments: Sequence[Sequence[Tensor]],
+        target_assignments: Sequence[Sequence[Tensor]] | None = None,
     ) -> Tensor:
         """All sums over instances that the loss needs of a micro-batch, Eq. 1, 4 and 5.
 
@@ -362,6 +366,7 @@ class C2BINLoss(_Loss):
             predictions: (p0, p1), each (n, d).
             targets: (z0, z1), each (n, d).
             assignments: (heads of view 0, heads of view 1), each a sequence of (n, K).
+            target_assignments: as for the call of the loss.
 
         Returns:
             A vector, without gradient.
@@ -393,4 +398,5 @@ class C2BINLoss(_Loss):
             symmetric_alignment=self.symmetric_alignment,
             gather_distributed=self.gather_distributed,
             validate_args=self.validate_args,
+            target_assignments=target_assignments,
         )

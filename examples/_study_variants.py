@@ -74,8 +74,6 @@ class VariedC2BIN(C2BIN):
         feature_dim: As in `C2BIN`.
         head_input: What the heads see: features as they are, of equal `"length"`, or standardised
             over the `"batch"`.
-        against: Contrast the runner's assignments of one view with the runner's of the other, or
-            with the follower's, which get no gradient.
         warmup: Part of the run in which the cluster weight rises from 0.
         queue: Past images whose assignments stand beside the batch's in the cluster terms.
         **c2bin: See `C2BIN`.
@@ -87,7 +85,6 @@ class VariedC2BIN(C2BIN):
         feature_dim: int,
         *,
         head_input: Literal["plain", "length", "batch"] = "plain",
-        against: Literal["runner", "follower"] = "runner",
         warmup: float = 0.0,
         queue: int = 0,
         **c2bin: Any,
@@ -96,7 +93,7 @@ class VariedC2BIN(C2BIN):
         clusters = self.cluster_head.num_clusters
         if head_input != "plain":
             self.cluster_head = NormalizedHead(feature_dim, clusters, head_input)
-        self.against, self.warmup = against, warmup
+        self.warmup = warmup
         self.cluster_weight = self.criterion.cluster_weight
         if queue:
             self.criterion = Queued(self.criterion, AssignmentQueue(queue, clusters))
@@ -109,23 +106,6 @@ class VariedC2BIN(C2BIN):
             part = min(1.0, self.global_step / max(1.0, steps))
             self.criterion.cluster_weight = self.cluster_weight * part
 
-    def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
-        """Return the total and its parts of one batch of two views."""
-        if self.against == "runner":
-            return super().losses(view0, view1)
-        features = self(view0), self(view1)
-        predictions = tuple(self.predictor(self.projector(f)) for f in features)
-        with torch.no_grad():
-            followed = [self.follower_backbone(view).flatten(1) for view in (view0, view1)]
-            targets = tuple(self.follower_projector(f) for f in followed)
-            fixed = [self.cluster_head(f) for f in followed]
-        heads = [self.cluster_head(f) for f in features]
-        ways = [
-            self.criterion(predictions, targets, pair)._asdict()
-            for pair in ((heads[0], fixed[1]), (heads[1], fixed[0]))
-        ]
-        return {name: (ways[0][name] + ways[1][name]) / 2 for name in ways[0]}
-
 
 class Queued(nn.Module):
     """`C2BINLoss` with a queue under the cluster terms; the alignment is the batch's."""
@@ -135,7 +115,11 @@ class Queued(nn.Module):
         self.loss, self.queue = loss, queue
 
     def forward(
-        self, predictions: Sequence[Tensor], targets: Sequence[Tensor], heads: Views
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        heads: Views,
+        target_assignments: None = None,
     ) -> Any:
         """Return the loss and its parts, as `C2BINLoss` does."""
         loss = self.loss
@@ -157,4 +141,4 @@ class Queued(nn.Module):
         return own._replace(loss=total, contrast=contrast, entropy=entropy)
 
 
-VARIATIONS = ("head_input", "against", "warmup", "queue")
+VARIATIONS = ("head_input", "warmup", "queue")

@@ -101,8 +101,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--num-clusters", type=int, nargs="+", default=[32, 64, 128], metavar="K")
     add("--only", nargs="+", choices=[*CHOICES], default=USUAL, metavar="CHOICE", help="by name")
     add("--name", default="decisions", help="of the files (default: decisions)")
-    args = parse(parser, argv, epochs=1, num_clusters=2)
-    args.validation = 0
+    add(
+        "--validation",
+        type=int,
+        default=0,
+        help="leave out as many training images, as study.py does: with its --out, runs are shared",
+    )
+    args = parse(parser, argv, epochs=1, num_clusters=2, validation=0)
     return finish(lambda: run(args), args.out)
 
 

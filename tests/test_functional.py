@@ -15,7 +15,7 @@ from oracle import random_assignments, random_embeddings, rows
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from c2bin_ext import functional
+from c2bin_ext import C2BINLoss, functional
 
 SIZES = list(itertools.product([1, 2, 7], [2, 3, 8]))
 CONTRAST_OPTIONS = [
@@ -691,6 +691,89 @@ SINGLE = {
 
 
 @pytest.mark.parametrize("which", PAIRED)
+def follower_heads(seed: int = 30) -> tuple[Any, ...]:
+    return tuple(
+        tuple(random_assignments(4, k, seed + 7 * view + k).requires_grad_() for k in HEADS)
+        for view in range(2)
+    )
+
+
+class TestAgainstTheFollower:
+    @pytest.mark.parametrize("options", [{}, *OBJECTIVE_OPTIONS[::3]], ids=label)
+    def test_is_the_mean_of_two_contrasts(self, options: dict[str, Any]) -> None:
+        """Runner's view 0 with follower's view 1, and 1 with 0, by the oracle's loops."""
+        predictions, targets, assignments = objective_inputs()
+        fixed = follower_heads()
+        found = functional.c2bin_loss(
+            predictions, targets, assignments, target_assignments=fixed, **options
+        )
+        ways = [
+            objective_oracle((predictions, targets, pair), **options)
+            for pair in ((assignments[0], fixed[1]), (assignments[1], fixed[0]))
+        ]
+        for value, first, second in zip(found, *ways, strict=True):
+            same(value, (first + second) / 2)
+
+    def test_the_follower_gets_no_gradient(self) -> None:
+        predictions, targets, assignments = objective_inputs()
+        fixed = follower_heads()
+        functional.c2bin_loss(
+            predictions, targets, assignments, target_assignments=fixed
+        ).loss.backward()
+        assert all(head.grad is None for view in fixed for head in view)
+        assert all(head.grad.abs().sum() > 0 for view in assignments for head in view)
+
+    def test_gradient(self) -> None:
+        predictions, targets, assignments = objective_inputs()
+        fixed = follower_heads()
+        inputs = [head for view in assignments for head in view]
+        heads = len(HEADS)
+
+        def loss(*flat: Tensor) -> Tensor:
+            views = flat[:heads], flat[heads:]
+            return functional.c2bin_loss(predictions, targets, views, target_assignments=fixed).loss
+
+        assert gradcheck(loss, inputs)
+
+    def test_micro_batches_add_up(self) -> None:
+        predictions, targets, assignments = objective_inputs()
+        fixed = follower_heads()
+        everything = predictions, targets, assignments, fixed
+
+        def part(rows: slice) -> tuple[Any, ...]:
+            return tuple(
+                tuple(x[rows] if isinstance(x, Tensor) else [h[rows] for h in x] for x in pair)
+                for pair in everything
+            )
+
+        criterion = C2BINLoss(temperature=0.3)
+        parts = [part(slice(0, 1)), part(slice(1, 4))]
+        total = sum(criterion.statistics(*p[:3], target_assignments=p[3]) for p in parts)
+        whole = criterion(*everything[:3], target_assignments=fixed).loss
+        inputs = [head for view in assignments for head in view]
+        grads = gradients(whole, *inputs)
+        losses = [criterion(*p[:3], statistics=total, target_assignments=p[3]).loss for p in parts]
+        for loss in losses:
+            same(loss, whole)
+        for found, wanted in zip(gradients(sum(losses), *inputs), grads, strict=True):
+            same(found, wanted)
+
+    def test_errors(self, complains: Any) -> None:
+        inputs, fixed = objective_inputs(), follower_heads()
+        with complains(TypeError, "target_assignments[0]: expected a sequence", "Tensor"):
+            functional.c2bin_loss(*inputs, target_assignments=(fixed[0][0], fixed[1]))
+        with complains(
+            ValueError, "target_assignments: expected heads of [2, 5, 3] clusters", "[2, 5]"
+        ):
+            functional.c2bin_loss(*inputs, target_assignments=tuple(view[:2] for view in fixed))
+        short = tuple([head[:3] for head in view] for view in fixed)
+        with complains(ValueError, "target_assignments[0][0]: expected n = 4 rows", "(3, 2)"):
+            functional.c2bin_loss(*inputs, target_assignments=short)
+        smoothed = C2BINLoss(running_decay=0.5, num_clusters=HEADS)
+        with complains(ValueError, "target_assignments: expected None together with running"):
+            smoothed(*inputs, target_assignments=fixed)
+
+
 class TestPairedErrors:
     @pytest.mark.parametrize("shape", [(4,), (4, 3, 2), ()])
     @pytest.mark.parametrize("side", [0, 1])

@@ -239,10 +239,14 @@ class _Bootstrap(_Method):
     @torch.no_grad()
     def follow(self, images: Tensor) -> Tensor:
         """Return the follower's projections, shape (n, projection_dim); no gradient."""
-        projections: Tensor = self.follower_projector(
-            self.follower_backbone(images).flatten(start_dim=1)
-        )
+        projections: Tensor = self.follower_projector(self.follower_features(images))
         return projections
+
+    @torch.no_grad()
+    def follower_features(self, images: Tensor) -> Tensor:
+        """Return the features of the follower's backbone, shape (n, feature_dim); no gradient."""
+        features: Tensor = self.follower_backbone(images)
+        return features.flatten(start_dim=1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the runner, then move the follower: `follower ← γ follower + (1 − γ) runner`."""
@@ -416,6 +420,8 @@ class C2BIN(BYOL):
         num_clusters: K of each head.
         loss: The objective, for options other than `C2BINLoss()`. It is not stored in checkpoints:
             give it again, like `backbone`, to `load_from_checkpoint`.
+        against: What a view's assignments are contrasted with: those of the other view from the
+            features of the `"runner"`, as in the paper, or of the `"follower"`, without gradient.
         **byol: See `BYOL` (hidden_dim, projection_dim, follower_momentum, follower_schedule) and
             `Optimization`.
 
@@ -434,9 +440,13 @@ class C2BIN(BYOL):
         *,
         num_clusters: Sequence[int] = (32, 64, 128),
         loss: C2BINLoss | None = None,
+        against: Literal["runner", "follower"] = "runner",
         **byol: Any,
     ) -> None:
         super().__init__(backbone, feature_dim, **byol)
+        if against not in ("runner", "follower"):
+            raise ValueError(f"against must be 'runner' or 'follower', got {against!r}")
+        self.against = against
         self.cluster_head = MultiScaleClusterHead(feature_dim, num_clusters)
         self.criterion = C2BINLoss() if loss is None else loss
         self.monitor = ClusterMonitor(self.cluster_head.num_clusters)
@@ -488,15 +498,32 @@ class C2BIN(BYOL):
             # Equal on all ranks already; without sync_dist, Lightning warns of each of them.
             self.log_dict(self.monitor.compute(), sync_dist=True)
 
+    def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
+        """Return the total under `"loss"`, and its parts."""
+        if self.against == "runner":
+            return super().losses(view0, view1)
+        features = self(view0), self(view1)
+        predictions = tuple(self.predictor(self.projector(f)) for f in features)
+        followed = self.follower_features(view0), self.follower_features(view1)
+        with torch.no_grad():
+            targets = tuple(map(self.follower_projector, followed))
+        return self.objective(features, predictions, targets, followed)
+
     def objective(
         self,
         features: tuple[Tensor, ...],
         predictions: tuple[Tensor, ...],
         targets: tuple[Tensor, ...],
+        followed: tuple[Tensor, ...] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the total and its parts, and each head's effective number of clusters."""
+        """Return the total and its parts, and each head's effective number of clusters.
+
+        With the follower's features, clusters are contrasted against what the heads make of those.
+        """
         heads = self.cluster_head(features[0]), self.cluster_head(features[1])
-        result = self.criterion(predictions, targets, heads)._asdict()
+        with torch.no_grad():
+            fixed = followed and (self.cluster_head(followed[0]), self.cluster_head(followed[1]))
+        result = self.criterion(predictions, targets, heads, target_assignments=fixed)._asdict()
         with torch.no_grad():
             for i, assignments in enumerate(heads[0]):
                 k = assignments.shape[1]

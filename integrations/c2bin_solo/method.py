@@ -34,6 +34,7 @@ _HEAD = {
     for name, p in inspect.signature(MultiScaleClusterHead).parameters.items()
     if name != "in_features"
 }
+_AGAINST = ("runner", "follower")
 _CHECKPOINT_KEY = "c2bin_method_kwargs"
 
 
@@ -74,7 +75,9 @@ class C2BIN(BYOL):  # type: ignore[misc]
         cfg: Of solo-learn, with a section `momentum` and in `method_kwargs`, all optional, the
             arguments of `C2BINLoss`; `num_clusters` and `bias` of `MultiScaleClusterHead`; and
             `proj_hidden_dim`, `proj_output_dim` and `pred_hidden_dim` of BYOL, 512 each.
-            `gather_distributed` is on unless set otherwise.
+            `gather_distributed` is on unless set otherwise. `against`: contrast the runner's
+            clusters of a view with those of the other view from the `"runner"`, as in the paper,
+            or from the `"follower"`, without gradient.
 
     Raises:
         TypeError: An entry of `method_kwargs` of the wrong type.
@@ -119,7 +122,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
         """
         cfg.momentum = omegaconf_select(cfg, "momentum", {})
         cfg = super(C2BIN, C2BIN).add_and_assert_specific_cfg(cfg)
-        defaults: dict[str, Any] = _WIDTHS | _LOSS | _HEAD
+        defaults: dict[str, Any] = _WIDTHS | _LOSS | _HEAD | {"against": _AGAINST[0]}
         unknown = sorted(set(cfg.method_kwargs) - set(defaults))
         if unknown:
             raise ValueError(
@@ -133,6 +136,10 @@ class C2BIN(BYOL):  # type: ignore[misc]
                 raise ValueError(
                     f"method_kwargs.{name}: expected an integer >= 1, got {kwargs[name]!r}"
                 )
+        if kwargs["against"] not in _AGAINST:
+            raise ValueError(
+                f"method_kwargs.against: expected one of {_AGAINST}, got {kwargs['against']!r}"
+            )
         # The constructors check the rest and name the argument.
         C2BINLoss(**{name: kwargs[name] for name in _LOSS})
         MultiScaleClusterHead(1, **{name: kwargs[name] for name in _HEAD})
@@ -162,7 +169,13 @@ class C2BIN(BYOL):  # type: ignore[misc]
         # The grandparent's: BYOL's own would add BYOL's loss.
         out = super(BYOL, self).training_step(batch, batch_idx)
         predictions, targets = out["p"], out["momentum_z"]
-        terms = self.loss_function(predictions[:2], targets, out["assignments"])
+        fixed = None
+        if self.cfg.method_kwargs.against == "follower":
+            with torch.no_grad():
+                fixed = [self.cluster_head(features) for features in out["momentum_feats"]]
+        terms = self.loss_function(
+            predictions[:2], targets, out["assignments"], target_assignments=fixed
+        )
         alignment = terms.alignment
         small = predictions[self.num_large_crops :]
         if small:

@@ -22,6 +22,7 @@ from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from c2bin_ext import C2BINLoss
+from c2bin_ext.functional import bca_contrastive_loss
 
 # Lightning's own calls of what torch and the operating system are about to drop.
 pytestmark = [
@@ -242,6 +243,32 @@ class TestFollower:
 
 
 class TestC2BIN:
+    def test_against_the_follower(self, complains: Any) -> None:
+        model = build(C2BIN, against="follower")
+        with torch.no_grad():  # so that the follower is another network
+            for parameter in model.follower_backbone.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        view0, view1 = torch.randn(2, 8, 3, 4, 4)
+        found = model.losses(view0, view1)
+        own = [model.cluster_head(model(view)) for view in (view0, view1)]
+        other = [model.cluster_head(model.follower_backbone(view)) for view in (view0, view1)]
+        contrasts = [
+            bca_contrastive_loss(a, b, temperature=0.5)
+            for pair in ((own[0], other[1]), (own[1], other[0]))
+            for a, b in zip(*pair, strict=True)
+        ]
+        torch.testing.assert_close(found["contrast"], sum(contrasts) / 2)
+        runner = build(C2BIN)
+        runner.load_state_dict(model.state_dict())
+        same = runner.losses(view0, view1)
+        torch.testing.assert_close(same["alignment"], found["alignment"])
+        assert not torch.allclose(same["contrast"], found["contrast"])
+        found["loss"].backward()
+        assert all(p.grad is None for p in model.follower_backbone.parameters())
+        assert all(p.grad is not None for p in model.cluster_head.parameters())
+        with complains(ValueError, "against", "'runner' or 'follower'", "'both'"):
+            build(C2BIN, against="both")
+
     def test_half_precision_with_scaled_gradients(self) -> None:
         """The arithmetic of precision 16-mixed, which Lightning keeps for GPUs."""
         model = build(C2BIN, num_clusters=(4, 6))

@@ -191,6 +191,7 @@ class TestOptions:
             ("proj_output_dim", 2.5),
             ("pred_hidden_dim", None),
             ("tempreature", 0.5),
+            ("against", "both"),
         ],
     )
     def test_impossible_values_are_named(self, name: str, value: Any) -> None:
@@ -247,6 +248,22 @@ class TestObjective:
         logits = [other.classifier(other.backbone(x)) for x in views]
         classes = sum(torch.nn.functional.cross_entropy(x, labels) for x in logits) / 2
         torch.testing.assert_close(loss, objective + classes)
+
+    def test_against_the_follower(self) -> None:
+        model, views = build(method_kwargs={**KWARGS, "against": "follower"}), crops(16, 16)
+        with torch.no_grad():  # so that the follower is another network
+            for parameter in model.momentum_backbone.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        unlabelled = torch.full((4,), -1)
+        loss = copy.deepcopy(model).training_step([None, views, unlabelled], 0)
+        predictions, targets, assignments = self.terms(copy.deepcopy(model), views)
+        other = copy.deepcopy(model)
+        fixed = [other.cluster_head(other.momentum_backbone(x)) for x in views]
+        ways = [
+            c2bin_loss(predictions, targets, pair).loss
+            for pair in ((assignments[0], fixed[1]), (assignments[1], fixed[0]))
+        ]
+        torch.testing.assert_close(loss, sum(ways) / 2)
 
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_multicrop_aligns_every_pair_with_a_large_crop(self, symmetric: bool) -> None:
