@@ -103,6 +103,7 @@ class Run:
         if method == "c2bin":
             more["num_clusters"] = tuple(self.args.num_clusters)
             more["loss"] = C2BINLoss(**self.args.loss)
+            more["against"] = self.args.against
         lr = LR_PER_IMAGE * self.args.batch_size
         return kind(net, features, lr=lr, **OPTIMIZATION, **options, **more)
 
@@ -286,6 +287,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="options of C2BINLoss, such as similarity=dot symmetric=False",
     )
     add(
+        "--against",
+        choices=["runner", "follower"],
+        default="runner",
+        help="whose clusters C2BIN's are contrasted with (default: runner, as in the paper)",
+    )
+    add(
         "--seeds",
         type=int,
         nargs="+",
@@ -347,8 +354,9 @@ def option_of(text: str) -> tuple[str, Any]:
 
 def settings_of(args: argparse.Namespace, images: Images) -> dict[str, Any]:
     """Return all that decides a method's numbers; methods and seeds can be added to an --out."""
-    names = ("dataset", "backbone", "epochs", "batch_size", "num_clusters", "loss", "accelerator")
-    settings = {name: getattr(args, name) for name in (*names, "devices", "precision")}
+    names = ("dataset", "backbone", "epochs", "batch_size", "num_clusters", "loss", "against")
+    shared = ("accelerator", "devices", "precision")
+    settings = {name: getattr(args, name) for name in (*names, *shared)}
     settings |= {"source": images.source, "image_size": images.size}
     settings |= {"images": [len(images.train), len(images.test)], "pixels": images.fingerprint()}
     settings |= {"optimization": OPTIMIZATION | {"lr": LR_PER_IMAGE * args.batch_size}}
