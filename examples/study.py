@@ -109,8 +109,6 @@ def study(args: Any) -> None:
         label, (best, _) = METHODS[method][0], history[-1]["ranked"][method][0]
         rows[f"{label}, tuned"] = best
         rows[f"{label}, as in the demo"] = Trial(method)
-    if "c2bin" in args.methods:
-        rows["C2BIN, as printed"] = Trial("c2bin", loss={"formulas": "printed"})
     final = bench.results("winners", list(rows.values()), args.epochs, args.seeds, final=True)
     found = dict(zip(rows, final, strict=True))
     table = [[name, *cells(results)] for name, results in found.items()]

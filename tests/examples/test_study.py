@@ -96,7 +96,6 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "BYOL, as in the demo",
         "C2BIN, tuned",
         "C2BIN, as in the demo",
-        "C2BIN, as printed",
     ]
     assert set(record["final"][0]["results"]) == {"4", "5"}
     text = (tmp_path / "study.md").read_text()
