@@ -690,7 +690,6 @@ SINGLE = {
 }
 
 
-@pytest.mark.parametrize("which", PAIRED)
 def follower_heads(seed: int = 30) -> tuple[Any, ...]:
     return tuple(
         tuple(random_assignments(4, k, seed + 7 * view + k).requires_grad_() for k in HEADS)
@@ -774,6 +773,7 @@ class TestAgainstTheFollower:
             smoothed(*inputs, target_assignments=fixed)
 
 
+@pytest.mark.parametrize("which", PAIRED)
 class TestPairedErrors:
     @pytest.mark.parametrize("shape", [(4,), (4, 3, 2), ()])
     @pytest.mark.parametrize("side", [0, 1])

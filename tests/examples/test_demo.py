@@ -511,7 +511,7 @@ class TestArguments:
             (["--epochs", "0"], "--epochs must be at least 1, got 0"),
             (["--batch-size", "1"], "--batch-size must be at least 2"),
             (["--batch-size", "9", "--devices", "2"], "no multiple of --devices 2"),
-            (["--num-clusters", "32", "1"], "--num-clusters must each be at least 2, got 1"),
+            (["--num-clusters", "32", "1"], "--num-clusters must be at least 2, got 1"),
             (["--seeds", "1", "1"], "--seeds must be different"),
             (["--data", "a", "--dataset", "digits"], "exclude each other"),
             (["--dataset", "mnist"], "invalid choice: 'mnist'"),
