@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _demo_options import exit_code
 from _demo_report import markdown
 from _demo_training import features_of, fit
-from _study_runs import Bench, about, finish, hush, parse, parser_of, sentence
+from _study_runs import Bench, about, hush, parse, parser_of, sentence
 from c2bin_lightly import C2BIN, evaluate
 from c2bin_lightly.backbones import backbone
+from c2bin_lightly.methods import Branches
 from demo import BOOTSTRAP, LR_PER_IMAGE, OPTIMIZATION, write
 from torch import Tensor
 from tqdm import tqdm
@@ -64,30 +66,21 @@ class WatchedC2BIN(C2BIN):
         super().on_load_checkpoint(checkpoint)
         self.rows = checkpoint["gradients"]
 
-    def objective(
-        self,
-        features: tuple[Tensor, ...],
-        predictions: tuple[Tensor, ...],
-        targets: tuple[Tensor, ...],
-    ) -> dict[str, Tensor]:
+    def objective(self, branches: Branches) -> dict[str, Tensor]:
         """Return the losses of one batch, unchanged."""
         if self.global_step % EVERY == 0:
-            self.rows.append(self.look(features, predictions, targets))
-        return super().objective(features, predictions, targets)
+            self.rows.append(self.look(branches))
+        return super().objective(branches)
 
-    def look(
-        self,
-        features: tuple[Tensor, ...],
-        predictions: tuple[Tensor, ...],
-        targets: tuple[Tensor, ...],
-    ) -> dict[str, float]:
+    def look(self, branches: Branches) -> dict[str, float]:
         """Return the norms of this step."""
+        features = branches.features
         loss = self.criterion
-        heads = self.cluster_head(features[0]), self.cluster_head(features[1])
+        heads = tuple(map(self.cluster_head, features))
         terms: dict[str, Tensor] = {}
         for view0, view1 in zip(*heads, strict=True):
             k = view0.shape[1]
-            parts = loss(predictions, targets, ([view0], [view1]))
+            parts = loss(branches.predictions, branches.targets, ([view0], [view1]))
             terms["alignment"] = parts.alignment
             terms[f"contrast, K={k}"] = loss.cluster_weight * parts.contrast
             terms[f"entropy, K={k}"] = loss.cluster_weight * loss.entropy_weight * parts.entropy
@@ -105,8 +98,6 @@ class WatchedC2BIN(C2BIN):
 def watch(bench: Bench, form: str) -> dict[str, Any]:
     """Train one form, or read what an earlier call found; its rows and its kNN accuracy."""
     args, images, seed = bench.args, bench.images, bench.args.seeds[0]
-    folder = bench.out / form.replace(" ", "-").replace(",", "").replace("/", "-")
-    done = folder / "gradients.json"
     settings = {
         "form": form,
         "loss": FORMS[form],
@@ -116,10 +107,12 @@ def watch(bench: Bench, form: str) -> dict[str, Any]:
         "backbone": args.backbone,
         "pixels": images.fingerprint(),
     }
+    # By its settings: a run of others has a checkpoint that must not be gone on from.
+    folder = bench.folder({"method": "watched", **settings})
+    done = folder / "gradients.json"
     if done.exists():
         content: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        if content["settings"] == settings:
-            return content
+        return content
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     net, features = backbone(args.backbone, images.size)
@@ -260,9 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=15, help="default: 15")
     parser.set_defaults(seeds=[0])
     args = parse(parser, argv, epochs=1)
-    args.validation = 0
     hush()
-    return finish(lambda: run(args), args.out)
+    return exit_code("gradient_sizes.py", lambda: run(args), args.out)
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ class C2BINResNet50(C2BIN):
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Take `((view0, view1), labels, ...)`; labels reach the online classifier alone."""
         (view0, view1), labels = batch[0], batch[1]
-        features, predictions, targets = self.branches(view0, view1)
-        losses = self.objective(features, predictions, targets)
+        branches = self.branches(view0, view1)
+        losses = self.objective(branches)
         online_loss, online = self.online_classifier.training_step(
-            (features[0].detach(), labels), batch_idx
+            (branches.features[0].detach(), labels), batch_idx
         )
         self.log_losses(losses, len(labels))
         self.log_dict(online, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))

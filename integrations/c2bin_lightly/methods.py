@@ -6,7 +6,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
@@ -334,6 +334,22 @@ class MoCoV2(_Bootstrap):
         return loss
 
 
+class Branches(NamedTuple):
+    """What a method with a predictor makes of two views; each field is a pair, one per view.
+
+    Attributes:
+        features: Of the runner's backbone, (n, feature_dim).
+        predictions: Of the runner's predictor, (n, projection_dim).
+        targets: The follower's projections, (n, projection_dim); no gradient.
+        followed: The features of the follower's backbone, (n, feature_dim); no gradient.
+    """
+
+    features: tuple[Tensor, ...]
+    predictions: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    followed: tuple[Tensor, ...]
+
+
 class BYOL(_Bootstrap):
     """BYOL: predict the follower's projection of the other view; no negatives (Grill et al., 2020).
 
@@ -376,22 +392,22 @@ class BYOL(_Bootstrap):
 
     def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
         """Return 1 − cosine, averaged over both directions, under `"loss"`."""
-        return self.objective(*self.branches(view0, view1))
+        return self.objective(self.branches(view0, view1))
 
-    def branches(
-        self, view0: Tensor, view1: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the runner's features and predictions and the follower's targets, a pair each."""
-        features, targets = (self(view0), self(view1)), (self.follow(view0), self.follow(view1))
-        return features, tuple(self.predictor(self.projector(f)) for f in features), targets
+    def branches(self, view0: Tensor, view1: Tensor) -> Branches:
+        """Return what runner and follower make of both views."""
+        features = self(view0), self(view1)
+        followed = self.follower_features(view0), self.follower_features(view1)
+        return Branches(
+            features=features,
+            predictions=tuple(self.predictor(self.projector(f)) for f in features),
+            targets=tuple(map(self.follower_projector, followed)),
+            followed=followed,
+        )
 
-    def objective(
-        self,
-        features: tuple[Tensor, ...],
-        predictions: tuple[Tensor, ...],
-        targets: tuple[Tensor, ...],
-    ) -> dict[str, Tensor]:
-        """Return the losses of one batch; each argument is a pair, one (n, d) tensor per view."""
+    def objective(self, branches: Branches) -> dict[str, Tensor]:
+        """Return the losses of one batch."""
+        predictions, targets = branches.predictions, branches.targets
         cosines = [
             self.criterion(predictions[0], targets[1]),
             self.criterion(predictions[1], targets[0]),
@@ -498,32 +514,16 @@ class C2BIN(BYOL):
             # Equal on all ranks already; without sync_dist, Lightning warns of each of them.
             self.log_dict(self.monitor.compute(), sync_dist=True)
 
-    def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
-        """Return the total under `"loss"`, and its parts."""
-        if self.against == "runner":
-            return super().losses(view0, view1)
-        features = self(view0), self(view1)
-        predictions = tuple(self.predictor(self.projector(f)) for f in features)
-        followed = self.follower_features(view0), self.follower_features(view1)
-        with torch.no_grad():
-            targets = tuple(map(self.follower_projector, followed))
-        return self.objective(features, predictions, targets, followed)
-
-    def objective(
-        self,
-        features: tuple[Tensor, ...],
-        predictions: tuple[Tensor, ...],
-        targets: tuple[Tensor, ...],
-        followed: tuple[Tensor, ...] | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the total and its parts, and each head's effective number of clusters.
-
-        With the follower's features, clusters are contrasted against what the heads make of those.
-        """
-        heads = self.cluster_head(features[0]), self.cluster_head(features[1])
-        with torch.no_grad():
-            fixed = followed and (self.cluster_head(followed[0]), self.cluster_head(followed[1]))
-        result = self.criterion(predictions, targets, heads, target_assignments=fixed)._asdict()
+    def objective(self, branches: Branches) -> dict[str, Tensor]:
+        """Return the total and its parts, and each head's effective number of clusters."""
+        heads = tuple(map(self.cluster_head, branches.features))
+        fixed = None
+        if self.against == "follower":
+            with torch.no_grad():
+                fixed = tuple(map(self.cluster_head, branches.followed))
+        result = self.criterion(
+            branches.predictions, branches.targets, heads, target_assignments=fixed
+        )._asdict()
         with torch.no_grad():
             for i, assignments in enumerate(heads[0]):
                 k = assignments.shape[1]
