@@ -374,15 +374,13 @@ def c2bin_loss(
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
     aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
-    heads = _check_heads(assignments, aligned[0][0], validate_args)
-    ways = 1
-    if target_assignments is not None:
-        if running is not None:
-            raise ValueError(
-                "target_assignments: expected None together with running statistics, which are "
-                "those of two views of the runner"
-            )
-        heads, ways = _against(target_assignments, heads, aligned[0][0], validate_args), 2
+    if target_assignments is not None and running is not None:
+        raise ValueError(
+            "target_assignments: expected None together with running statistics, which are those "
+            "of two views of the runner"
+        )
+    heads = _contrasted(assignments, target_assignments, aligned[0][0], validate_args)
+    ways = 1 if target_assignments is None else 2
 
     spans_ranks = _spans_ranks(gather_distributed)
     count: int | Tensor = aligned[0][0].shape[0]
@@ -471,9 +469,7 @@ def c2bin_statistics(
     """
     options = _contrast_options(1.0, similarity, True, True)
     aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
-    heads = _check_heads(assignments, aligned[0][0], validate_args)
-    if target_assignments is not None:
-        heads = _against(target_assignments, heads, aligned[0][0], validate_args)
+    heads = _contrasted(assignments, target_assignments, aligned[0][0], validate_args)
     with torch.no_grad():
         sums = _objective_sums(aligned, heads, options)
         if _spans_ranks(gather_distributed):
@@ -579,14 +575,17 @@ def _check_aligned(
     return [(predictions[view], targets[1 - view]) for view in directions]
 
 
-def _against(
-    targets: Sequence[Sequence[Tensor]],
-    heads: list[tuple[Tensor, Tensor]],
+def _contrasted(
+    assignments: Sequence[Sequence[Tensor]],
+    targets: Sequence[Sequence[Tensor]] | None,
     prediction: Tensor,
     validate_args: bool,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return per head the runner's view 0 with the follower's view 1, and 1 with 0."""
-    fixed = _check_heads(targets, prediction, validate_args, "target_assignments")
+    """Return the pairs to contrast: per head both views, or each with the follower's other one."""
+    heads = _check_heads("assignments", assignments, prediction, validate_args)
+    if targets is None:
+        return heads
+    fixed = _check_heads("target_assignments", targets, prediction, validate_args)
     clusters, wanted = ([pair[0].shape[1] for pair in pairs] for pairs in (fixed, heads))
     if clusters != wanted:
         raise ValueError(
@@ -601,10 +600,10 @@ def _against(
 
 
 def _check_heads(
+    argument: str,
     assignments: Sequence[Sequence[Tensor]],
     prediction: Tensor,
     validate_args: bool,
-    argument: str = "assignments",
 ) -> list[tuple[Tensor, Tensor]]:
     """Return per head the assignments of both views."""
     _checks.pair(argument, assignments, "(heads of view 0, heads of view 1)")
