@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _demo_data import TORCHVISION
+from _demo_data import TORCHVISION, DemoError
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -91,3 +93,20 @@ def quieten() -> None:
     # function that torch is about to drop.
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module=r"pytorch_lightning.*")
+
+
+def exit_code(name: str, call: Callable[[], None], out: Path) -> int:
+    """Return the exit code of a call: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        call()
+    except DemoError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there, "
+            "in what is unfinished after its last whole epoch.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0

@@ -6,16 +6,14 @@ import argparse
 import hashlib
 import json
 import statistics
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from _demo_data import (
-    DemoError,
     Images,
     StoredViews,
     Views,
@@ -32,12 +30,20 @@ from _demo_options import (
     settle_images,
     settle_machine,
 )
-from _demo_report import hardware, versions
+from _demo_report import hardware, mean_and_spread, versions
 from _demo_training import BACKBONES, features_of, fit
 from _study_variants import VARIATIONS, VariedC2BIN
-from c2bin_lightly import C2BIN, evaluate
+from c2bin_lightly import evaluate
 from c2bin_lightly.backbones import backbone
-from demo import LR_PER_IMAGE, METHODS, OPTIMIZATION, kmeans_scores, queue_size, scores_by, write
+from demo import (
+    LR_PER_IMAGE,
+    METHODS,
+    OPTIMIZATION,
+    common_scores,
+    own_heads,
+    queue_size,
+    write,
+)
 from joblib import Parallel, delayed
 from pytorch_lightning import LightningModule
 from tqdm import tqdm
@@ -61,10 +67,6 @@ class Trial:
     options: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        changed = [f"{name} {value}" for name, value in (self.options | self.loss).items()]
-        return f"{METHODS[self.method][0]}: {', '.join(changed) or 'as in the demo'}"
-
 
 def hush() -> None:
     """Silence Lightning, and what a table shows: too many clusters, features all alike."""
@@ -74,9 +76,9 @@ def hush() -> None:
 
 
 def settings_of(
-    trial: Trial, args: argparse.Namespace, images: Images, epochs: int, seed: int
+    trial: Trial, args: argparse.Namespace, images: Images, pixels: str, epochs: int, seed: int
 ) -> dict[str, Any]:
-    """Return all that decides a run's numbers."""
+    """Return all that decides a run's numbers; `pixels` is the images' fingerprint."""
     options: dict[str, Any] = {"lr": 128 * LR_PER_IMAGE, **OPTIMIZATION, **METHODS[trial.method][2]}
     if trial.method == "mocov2":
         options["queue_size"] = queue_size(len(images.train))
@@ -88,7 +90,7 @@ def settings_of(
     settings = {name: getattr(args, name) for name in names}
     settings |= {"method": trial.method, "options": options, "loss": trial.loss}
     settings |= {"epochs": epochs, "seed": seed, "stored_views": args.workers == 0}
-    settings |= {"images": [len(images.train), len(images.test)], "pixels": images.fingerprint()}
+    settings |= {"images": [len(images.train), len(images.test)], "pixels": pixels}
     return settings | {name: versions()[name] for name in ("torch", "lightly", "c2bin_ext")}
 
 
@@ -116,7 +118,7 @@ def run(
     folder: Path,
     views: Path | None,
     whole: bool,
-) -> Result:
+) -> None:
     """Train from the last finished epoch, score and keep; the top level of a process of its own."""
     hush()
     if args.accelerator == "cpu" and args.processes > 1:
@@ -145,23 +147,12 @@ def run(
     model.eval()
     train = features_of(model.backbone, images.train, images.train_labels)
     test = features_of(model.backbone, images.test, images.test_labels)
-    result: Result = {
-        "knn5": evaluate.knn_accuracy(train, test, k=5),
-        "knn200": evaluate.knn_accuracy(train, test, k=200),
-        "clustering": [kmeans_scores(train, test, len(images.classes), seed)],
-        "seconds": sum(row["seconds"] for row in curve),
-        "curve": curve,
-    }
+    result = common_scores(train, test, own_heads(model, test.features), images, seed)
+    result |= {"seconds": sum(row["seconds"] for row in curve), "curve": curve}
     if whole:
         result["linear"] = evaluate.linear_probe(train, test, seed=seed).accuracy
-    if isinstance(model, C2BIN):
-        with torch.no_grad():
-            heads = model.cluster_head(test.features)
-        for p in heads:
-            result["clustering"].append(scores_by("own head", test.labels, p.argmax(1), p))
     (folder / "last.ckpt").unlink(missing_ok=True)
     write(folder / "result.json", json.dumps(result, indent=1))
-    return result
 
 
 class Bench:
@@ -175,7 +166,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, longest: int) -> None:
         self.args, self.longest = args, longest
-        held = args.validation or 0
+        held = args.validation
         limits = {"train": args.limit and args.limit + held, "test": args.limit_test}
         loaded = load(
             args.data, args.dataset, args.data_root, args.image_size, args.skip_corrupt, limits
@@ -212,8 +203,9 @@ class Bench:
                 images.
         """
         images = self.images if final else self.validation
+        pixels = images.fingerprint()
         plan = [
-            [settings_of(trial, self.args, images, epochs, seed) for seed in seeds]
+            [settings_of(trial, self.args, images, pixels, epochs, seed) for seed in seeds]
             for trial in trials
         ]
         # One trial may stand in several rows.
@@ -285,6 +277,7 @@ def parser_of(doc: str, out: str) -> argparse.ArgumentParser:
         help="runs side by side (default: 1); on CPUs, the cores",
     )
     parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+    parser.set_defaults(validation=0)
     return parser
 
 
@@ -300,23 +293,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, **bounds: int
     return args
 
 
-def finish(call: Callable[[], None], out: Path) -> int:
-    """Return the exit code of a call: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    try:
-        call()
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there, "
-            "in unfinished runs after their last whole epoch.",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
 COLUMNS = {
     "kNN k=200": ("knn200", 100, ".1f"),
     "kNN k=5": ("knn5", 100, ".1f"),
@@ -328,16 +304,16 @@ CLUSTERS = {"NMI": "nmi", "ACC": "acc"}
 def cells(results: Sequence[Result]) -> list[str]:
     """Return a row of the tables: mean ± standard deviation over seeds of every score."""
     row = [
-        spread([scale * result[key] for result in results], form)
+        mean_and_spread([scale * result[key] for result in results], form)
         for key, scale, form in COLUMNS.values()
     ]
     kmeans = [result["clustering"][0] for result in results]
-    row += [spread([scores[key] for scores in kmeans], ".3f") for key in CLUSTERS.values()]
+    row += [mean_and_spread([scores[key] for scores in kmeans], ".3f") for key in CLUSTERS.values()]
     heads = [result["clustering"][1:] for result in results]
     if not heads[0]:
         return [*row, "", ""]
     # Of heads of many sizes, the mean of their NMI; and how much of each head is in use.
-    row.append(spread([statistics.fmean(h["nmi"] for h in each) for each in heads], ".3f"))
+    row.append(mean_and_spread([statistics.fmean(h["nmi"] for h in each) for each in heads], ".3f"))
     used = [statistics.fmean(each[i]["in_use"] for each in heads) for i in range(len(heads[0]))]
     sizes = [head["k"] for head in heads[0]]
     return [*row, ", ".join(f"{u:.0f} of {k}" for u, k in zip(used, sizes, strict=True))]
@@ -382,9 +358,3 @@ def recorded(results: Sequence[Result], seeds: Sequence[int]) -> dict[int, Resul
         seed: {name: value for name, value in result.items() if name != "curve"}
         for seed, result in zip(seeds, results, strict=True)
     }
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Return mean ± standard deviation, or the one value."""
-    mean = format(statistics.fmean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"

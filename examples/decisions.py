@@ -13,6 +13,7 @@ import json
 import sys
 from typing import Any
 
+from _demo_options import exit_code
 from _demo_report import markdown
 from _study_runs import (
     HEAD,
@@ -21,7 +22,6 @@ from _study_runs import (
     Trial,
     about,
     cells,
-    finish,
     parse,
     parser_of,
     recorded,
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         help="leave out as many training images, as study.py does: with its --out, runs are shared",
     )
     args = parse(parser, argv, epochs=1, num_clusters=2, validation=0)
-    return finish(lambda: run(args), args.out)
+    return exit_code("decisions.py", lambda: run(args), args.out)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,29 @@ def kmeans_scores(
     return scores_by("k-means", test.labels, clusters, nn.functional.one_hot(clusters, k).double())
 
 
+def own_heads(model: LightningModule, features: Tensor) -> list[Tensor]:
+    """Return what the heads of C2BIN make of features (n, d), a (n, K) each; none of others."""
+    with torch.no_grad():
+        return [*model.cluster_head(features)] if isinstance(model, C2BIN) else []
+
+
+def common_scores(
+    train: evaluate.Features,
+    test: evaluate.Features,
+    heads: list[Tensor],
+    images: Images,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what every table here has: kNN, k-means, and the scores of C2BIN's own heads."""
+    clustering = [kmeans_scores(train, test, len(images.classes), seed)]
+    clustering += [scores_by("own head", test.labels, p.argmax(dim=1), p) for p in heads]
+    return {
+        "knn5": evaluate.knn_accuracy(train, test, k=5),
+        "knn200": evaluate.knn_accuracy(train, test, k=200),
+        "clustering": clustering,
+    }
+
+
 def assess(
     run: Run, method: str, model: LightningModule, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,20 +161,11 @@ def assess(
     train = features_of(net, images.train, images.train_labels)
     test = features_of(net, images.test, images.test_labels)
     probe = evaluate.linear_probe(train, test, seed=seed)
-    result: dict[str, Any] = {
-        "linear": probe.accuracy,
-        "linear_lr": probe.lr,
-        "knn5": evaluate.knn_accuracy(train, test, k=5),
-        "knn200": evaluate.knn_accuracy(train, test, k=200),
-        "clustering": [kmeans_scores(train, test, len(images.classes), seed)],
-    }
-    arrays: dict[str, Any] = {"test": test.features.cpu().numpy()}
-    if isinstance(model, C2BIN):
-        with torch.no_grad():
-            heads = model.cluster_head(test.features)
-        for i, p in enumerate(heads):
-            result["clustering"].append(scores_by("own head", test.labels, p.argmax(dim=1), p))
-            arrays[f"head{i}"] = p.cpu().numpy()
+    heads = own_heads(model, test.features)
+    result = {"linear": probe.accuracy, "linear_lr": probe.lr}
+    result |= common_scores(train, test, heads, images, seed)
+    arrays = {"test": test.features.cpu().numpy()}
+    arrays |= {f"head{i}": p.cpu().numpy() for i, p in enumerate(heads)}
     if method == "byol":
         # What the heads of C2BIN have to beat: as many clusters by k-means on BYOL's features.
         result["clustering"] += [kmeans_scores(train, test, k, seed) for k in run.args.num_clusters]

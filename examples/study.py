@@ -13,10 +13,13 @@ Writes study.md and study.json to --out. Ctrl-C at any time: the same command go
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from typing import Any
 
+from _demo_data import DemoError
+from _demo_options import exit_code
 from _demo_report import markdown
 from _study_runs import (
     HEAD,
@@ -25,7 +28,6 @@ from _study_runs import (
     Trial,
     about,
     cells,
-    finish,
     parse,
     parser_of,
     recorded,
@@ -68,6 +70,10 @@ LOSS: dict[str, list[Any]] = {
 
 def draw(method: str, count: int) -> list[Trial]:
     """Return the settings to try: the demo's, then random ones, always alike."""
+    spaces = [SPACES[method], LOSS if method == "c2bin" else {}]
+    most = 1 + math.prod(len(values) for space in spaces for values in space.values())
+    if count > most:
+        raise DemoError(f"--trials {count}: {METHODS[method][0]} has no more than {most} settings")
     source = random.Random(f"study of {method}")
     trials = [Trial(method)]
     while len(trials) < count:
@@ -168,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--validation", type=int, default=1000, help="images to choose by (default: 1000)")
     args = parse(parser, argv, trials=1, rungs=1, epochs=1, validation=1)
     args.methods = [method for method in METHODS if method in args.methods]
-    return finish(lambda: study(args), args.out)
+    return exit_code("study.py", lambda: study(args), args.out)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from pathlib import Path
 # the loader's workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from _demo_data import DemoError
 from _demo_options import (
     add_images,
     add_machine,
     at_least,
     distinct_seeds,
+    exit_code,
     quieten,
     settle_images,
     settle_machine,
@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     args = parse(argv)
     quieten()
-    try:
+
+    def run() -> None:
         lab = Lab(args, args.scale)
         names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
         for name in names:
@@ -142,14 +143,5 @@ def main(argv: list[str] | None = None) -> int:
             publish(lab, name, settings, outcome, time.perf_counter() - started)
         if len(names) > 1:
             print(f"all: {time.perf_counter() - began:.0f} s. Everything is in {lab.out}")
-    except DemoError as error:
-        print(f"paper: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nInterrupted. Finished runs are kept in {args.out}; the same command goes on from "
-            "there, in the unfinished run after its last whole epoch.",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+
+    return exit_code("paper", run, args.out)

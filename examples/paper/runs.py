@@ -17,15 +17,15 @@ import torch
 from _demo_data import DemoError, Images, StoredViews, Views, limited, load, view_transform
 from _demo_report import versions
 from _demo_training import features_of, fit
-from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
+from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR
 from c2bin_lightly.backbones import backbone
 from demo import (
     LR_PER_IMAGE,
     METHODS,
     OPTIMIZATION,
-    kmeans_scores,
+    common_scores,
+    own_heads,
     queue_size,
-    scores_by,
     write,
 )
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -94,10 +94,7 @@ def test_arrays(model: LightningModule, images: Images) -> dict[str, Any]:
     """Return the test features (m, d), and the assignments (m, K) of each head."""
     test = features_of(model.backbone, images.test, images.test_labels).features
     arrays = {"test": test.cpu().numpy()}
-    if isinstance(model, C2BIN):
-        with torch.no_grad():
-            for i, p in enumerate(model.cluster_head(test)):
-                arrays[f"head{i}"] = p.cpu().numpy()
+    arrays |= {f"head{i}": p.cpu().numpy() for i, p in enumerate(own_heads(model, test))}
     return arrays
 
 
@@ -290,20 +287,13 @@ class Lab:
         result: Result = {
             "linear": dict(zip(map(str, LEARNING_RATES), linear, strict=True)),
             "linear_best": max(linear),
-            "knn5": evaluate.knn_accuracy(train, test, k=5),
-            "knn200": evaluate.knn_accuracy(train, test, k=200),
-            "clustering": [kmeans_scores(train, test, len(images.classes), seed)],
             "precision_at": {
                 str(k): retrieval_precision(test.features, test.labels, k)
                 for k in PRECISION_AT
                 if k < len(test.labels)
             },
         }
-        if isinstance(model, C2BIN):
-            with torch.no_grad():
-                heads = model.cluster_head(test.features)
-            for p in heads:
-                result["clustering"].append(scores_by("own head", test.labels, p.argmax(1), p))
+        result |= common_scores(train, test, own_heads(model, test.features), images, seed)
         if not all(math.isfinite(value) for value in linear):
             raise DemoError("the features are not finite: the training diverged")
         result["scoring_seconds"] = time.perf_counter() - began

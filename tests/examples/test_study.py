@@ -81,6 +81,15 @@ def test_settings_are_drawn_alike_and_differ() -> None:
         assert all(bool(trial.loss) == (method == "c2bin") for trial in trials[1:])
 
 
+def test_more_settings_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import study
+
+    assert len(study.draw("simclr", 61)) == 61
+    command = [*SMALL, "--methods", "simclr", "--trials", "62", "--validation", "30"]
+    assert study.main([*command, "--out", str(tmp_path)]) == 2
+    assert "--trials 62: SimCLR has no more than 61 settings" in capsys.readouterr().err
+
+
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import study
 
