@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TINY := --limit 60 --limit-test 40 --batch-size 20 --epochs 1 --seeds 0
 
-.PHONY: help setup demo test lint types unit docs package examples benchmark mutation clean
+.PHONY: help setup demo test lint types unit docs package examples benchmark mutation mutation-kit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -62,6 +62,17 @@ mutation: setup  ## mutation testing of the core with the fast tests (minutes to
 	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'
 	HYPOTHESIS_PROFILE=mutation $(BIN)/mutmut run
 	$(BIN)/mutmut results
+
+KIT := build/mutation-kit
+
+mutation-kit: setup  ## the same of the testing kit (one to two hours)
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'
+	mkdir -p $(KIT)
+	cp -r README.md c2bin_ext docs examples integrations tests $(KIT)
+	sed 's/^\[tool.mutmut\]/[tool.mutmut-core]/; s/^\[tool.mutmut-kit\]/[tool.mutmut]/' \
+	    pyproject.toml > $(KIT)/pyproject.toml
+	cd $(KIT) && HYPOTHESIS_PROFILE=mutation $(abspath $(BIN))/mutmut run
+	cd $(KIT) && $(abspath $(BIN))/mutmut results
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build mutants site

@@ -589,7 +589,7 @@ def test_inside_another_property() -> None:
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         check_invariants(sound_contrast, **arguments)
 
 
@@ -760,7 +760,7 @@ def test_shards_are_uneven() -> None:
     ],
 )
 def test_wrong_arguments_of_strategies(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         find(make(), lambda _: True, settings=FIND)
 
 

@@ -408,7 +408,7 @@ OFF: dict[str, Off] = {
         PAIR, plus, rf"{NUMBER}, outside of \[0.5, 1\]", {"lower": 0.5, "upper": lambda k: k / k}
     ),
     "value_at_agreement": Off(PAIR, plus, f"{NUMBER}, expected 1", AT_ONE),
-    "value_at_balance": Off(ONE, plus, f"{NUMBER}, expected 1", AT_ONE),
+    "value_at_balance": Off(ONE, plus, f"{NUMBER}, expected 1", {"value": lambda k: k / k}),
     "value_at_collapse": Off(PAIR, plus, f"{NUMBER}, expected 1", AT_ONE),
     "value_at_uniform": Off(PAIR, plus, f"{NUMBER}, expected 1", {"value": lambda k: k / k}),
     "monotone_entropy": Off(
@@ -461,6 +461,31 @@ def test_lower_bound() -> None:
         with pytest.raises(InvariantError):
             testing.check_bounds(lambda *_, value=value: torch.tensor(value))
     testing.check_bounds(lambda *_: torch.tensor(5.0), lower=-math.inf, upper=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lower", "upper"),
+    [
+        (ONE, lambda k: 0.0, math.log),
+        (
+            PAIR,
+            lambda k: math.log(1 + (k - 1) / math.e**2),
+            lambda k: math.log(1 + (k - 1) * math.e**2),
+        ),
+        (EMBEDDED, lambda k: 0.0, lambda k: 2.0),
+    ],
+)
+def test_default_bounds(
+    kind: str, lower: Callable[[int], float], upper: Callable[[int], float]
+) -> None:
+    def at(bound: Callable[[int], float], more: float = 0.0) -> Loss:
+        return lambda *views: torch.tensor(bound(views[0].shape[1]) + more, dtype=torch.float64)
+
+    for bound, outside in ((lower, -1e-3), (upper, 1e-3)):
+        call("bounds", kind, at(bound))
+        call("bounds", kind, at(bound, -outside))
+        with pytest.raises(InvariantError):
+            call("bounds", kind, at(bound, outside))
 
 
 def test_infinite_values_are_equal() -> None:
@@ -542,7 +567,10 @@ def test_mass_that_moves() -> None:
         assert torch.allclose(view.sum(1), torch.ones(len(view), dtype=view.dtype))
         return torch.zeros(())
 
-    testing.check_monotone_entropy(loss, shapes=[(3, 2)], max_examples=100)
+    # With one row, the heavier of both has a mass below 1.
+    testing.check_monotone_entropy(loss, shapes=[(3, 2), (1, 2)], max_examples=100)
+    # Nothing changes: that holds without any tolerance.
+    testing.check_monotone_entropy(lambda view: torch.zeros(()), rtol=0.0, atol=0.0)
     gaps = [
         (high - low, after_high - after_low)
         for (high, low), (after_high, after_low) in zip(seen[::2], seen[1::2], strict=True)
