@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import threshold
 
 from c2bin_ext._numerics import (
     SMALLEST_MASS,
     SMALLEST_RATIO,
     inverse_norm,
+    is_compiling,
     without_autocast,
 )
 
@@ -30,8 +32,6 @@ from c2bin_ext._numerics import (
 # 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
 MIN_TEMPERATURE = 1 / 30
 
-# The public name is younger than torch 2.2, the oldest release served.
-_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 # Torch releases that lack it switch autocast off every time.
 _is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _AS_IT_IS = nullcontext()
@@ -40,7 +40,7 @@ _AS_IT_IS = nullcontext()
 def usable(*tensors: Tensor) -> bool:
     """Tell whether this is an eager, reverse-mode step, the only kind served here."""
     return not (
-        _is_compiling()
+        is_compiling()
         or torch._C._are_functorch_transforms_active()
         or any(_tangent(tensor) is not None for tensor in tensors)
     )
@@ -158,7 +158,7 @@ class _BalanceGap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, assignments: Tensor, formula: Callable[[Tensor], Tensor]) -> Tensor:
         mass = assignments.sum(dim=0)
-        total = mass.sum().clamp_min_(SMALLEST_MASS)
+        total = threshold(mass.sum(), SMALLEST_MASS, torch.inf)
         share = mass / total
         ratio = (share * share.shape[0]).add_(SMALLEST_RATIO)
         log = ratio.log()

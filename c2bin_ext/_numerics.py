@@ -21,6 +21,9 @@ SMALLEST_MASS = 1e-12
 # autocast knows no meta device, and none of Apple's before torch 2.5.
 _WITHOUT_AUTOCAST = {"meta"} | ({"mps"} if torch.__version__ < "2.5" else set())
 
+# The public name is younger than torch 2.2, the oldest release served.
+is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the dtype of their operands."""

@@ -387,7 +387,7 @@ def c2bin_loss(
     if spans_ranks or running is not None or statistics is not None:
         sums = _objective_sums(aligned, heads, options)
         if statistics is not None:
-            sums = _of_the_whole_batch(sums, statistics, running, spans_ranks)
+            sums = _of_the_whole_batch(sums, statistics, running, spans_ranks, validate_args)
         elif spans_ranks:
             sums = list(sum_over_ranks(sums))
         first = len(aligned) + 1  # cosines and count are of this step alone
@@ -500,6 +500,7 @@ def _of_the_whole_batch(
     statistics: Tensor,
     running: Callable[[Tensor], Tensor] | None,
     spans_ranks: bool,
+    validate_args: bool,
 ) -> list[Tensor]:
     """Return `statistics` in parts as of `sums`, with the gradient of `sums`."""
     if running is not None:
@@ -518,6 +519,14 @@ def _of_the_whole_batch(
             f"statistics: expected shape {tuple(own.shape)} as c2bin_statistics returns for the "
             f"same heads and options, got shape {tuple(statistics.shape)}"
         )
+    if not statistics.is_floating_point():
+        raise TypeError(
+            "statistics: expected floating-point sums as c2bin_statistics returns, "
+            f"got {statistics.dtype}"
+        )
+    _checks.same_device("statistics", statistics, "predictions[0]", own)
+    if validate_args:
+        _checks.validate_finite("statistics", statistics)
     # The W equal losses of the ranks, which DDP averages, as in `sum_over_ranks`.
     own = own * world_size() if spans_ranks else own
     return _split(at_value_of(own, statistics.to(own.dtype)), sums)
@@ -707,7 +716,8 @@ def _local_contrast(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> 
 
 def _balance_gap(mass: Tensor) -> Tensor:
     """Eq. 5 as log K - H(ŝ), from the masses of the clusters."""
-    share = mass / mass.sum().clamp_min(SMALLEST_MASS)
+    # Without any mass, shares and gradient are 0.
+    share = mass / threshold(mass.sum(), SMALLEST_MASS, torch.inf)
     # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
     ratio = share * share.shape[0]
     gap = (share * (ratio + SMALLEST_RATIO).log()).sum()

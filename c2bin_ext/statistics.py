@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from c2bin_ext import _checks
+from c2bin_ext._numerics import is_compiling
 
 __all__ = ["RunningStatistics", "at_value_of"]
 
@@ -100,8 +101,17 @@ class RunningStatistics(nn.Module):
             # the GPU to tell.
             finite = batch.isfinite().all()
             with torch.no_grad():
-                self.weight.copy_(torch.where(finite, weight, self.weight))
-                self.sums.copy_(torch.where(finite, sums, self.sums))
+                new = [
+                    torch.where(finite, now, before)
+                    for now, before in ((sums, self.sums), (weight, self.weight))
+                ]
+                if is_compiling():
+                    # Compiled, the backward pass computes `weight` again, from the buffer as it
+                    # is then: it must still find what this step began with.
+                    self.sums, self.weight = new
+                else:
+                    self.sums.copy_(new[0])
+                    self.weight.copy_(new[1])
         # The batch's own share of the gradient. Giving it the whole, at lagging statistics, makes
         # the heads overshoot: clusters die.
         return (sums / weight).to(own.dtype)

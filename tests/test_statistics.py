@@ -187,10 +187,16 @@ class TestRunning:
         twin = copy.deepcopy(loss)
         compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
         for t, steps in enumerate(zip(*(batches(k) for k in HEADS), strict=True)):
-            heads = tuple(tuple(v.float() for v in view) for view in zip(*steps, strict=True))
+            heads = tuple(
+                tuple(v.float().requires_grad_() for v in view) for view in zip(*steps, strict=True)
+            )
+            leaves = [view for views in heads for view in views]
             p = random_embeddings(STEPS[t], 4, seed=t).float()
             first, second = (each((p, p), (p, p), heads) for each in (loss, compiled))
             torch.testing.assert_close(first.loss, second.loss)
+            # Backward after the buffers have moved on: the step's own share must still be known.
+            grads = [torch.autograd.grad(each.loss, leaves) for each in (first, second)]
+            torch.testing.assert_close(*grads)
         torch.testing.assert_close(loss.running.sums, twin.running.sums)
 
     def test_no_graph_grows_over_steps(self) -> None:
@@ -330,6 +336,13 @@ class TestMicroBatches:
             TypeError, "statistics: expected a vector as c2bin_statistics returns, got list"
         ):
             c2bin_loss(*outputs, statistics=total.tolist())
+        with complains(TypeError, "statistics", "floating-point", "torch.int64"):
+            c2bin_loss(*outputs, statistics=total.long())
+        with complains(ValueError, "statistics", "device cpu", "device meta"):
+            c2bin_loss(*outputs, statistics=total.to("meta"))
+        with complains(ValueError, "statistics", "finite", "1 NaN"):
+            nan = total.index_fill(0, torch.tensor([2]), math.nan)
+            c2bin_loss(*outputs, statistics=nan, validate_args=True)
         with complains(
             ValueError,
             "statistics: expected None together with running statistics, which would take in every "
