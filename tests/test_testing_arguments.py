@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from hypothesis.errors import NoSuchExample
 from torch import Tensor
 
 from c2bin_ext import BCAContrastiveLoss, functional, testing
@@ -745,27 +744,3 @@ def test_rows_go_on_lines_of_their_own_where_they_are_long() -> None:
     assert show(short).count("\n") == 0
     row = f"[{', '.join(['1'] * 24)}]"
     assert show(long) == f"torch.tensor([\n        {row},\n        {row}\n    ])"
-
-
-# --- strategies -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("clusters", [2, 8])
-@pytest.mark.parametrize("count", [1, 3])
-def test_scales(clusters: int, count: int) -> None:
-    found = find(testing.scales(), lambda s: s == (clusters,) * count, settings=FIND)
-    assert isinstance(found, tuple)
-    with pytest.raises(NoSuchExample):
-        find(testing.scales(), lambda s: not s or len(s) > 3 or max(s) > 8, settings=FIND)
-    own = testing.scales(min_scales=2, max_scales=2, clusters=5)
-    assert find(own, lambda _: True, settings=FIND) == (5, 5)
-    with pytest.raises(NoSuchExample):
-        find(own, lambda s: s != (5, 5), settings=FIND)
-
-
-def test_dtypes_drawn() -> None:
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        find(testing.dtypes(), lambda found, dtype=dtype: found is dtype, settings=FIND)
-    only = testing.dtypes(only=[torch.float64])
-    with pytest.raises(NoSuchExample):
-        find(only, lambda found: found is not torch.float64, settings=FIND)
