@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,12 +238,7 @@ def _list(part: Path) -> dict[str, list[Path]]:
     folders = sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise DemoError(f"{part} has no class folders: expected {part}/<class>/<image>")
-    files = {
-        f.name: sorted(
-            p for p in f.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()
-        )
-        for f in folders
-    }
+    files = {f.name: _images_below(f) for f in folders}
     for name, paths in files.items():
         if len(paths) < 2:
             what = "no images" if not paths else f"a single image ({paths[0].name})"
@@ -252,6 +248,21 @@ def _list(part: Path) -> dict[str, list[Path]]:
             f"{part} has a single class folder, {folders[0].name}; expected at least 2 classes"
         )
     return files
+
+
+def _images_below(folder: Path) -> list[Path]:
+    # Path.rglob says nothing of folders that it may not read. Broken links stay in the list: their
+    # images cannot be read, and are counted and named with those that are corrupt.
+    return sorted(
+        Path(root, name)
+        for root, _, names in os.walk(folder, onerror=_complain)
+        for name in names
+        if Path(name).suffix.lower() in IMG_EXTENSIONS
+    )
+
+
+def _complain(error: OSError) -> None:
+    raise error
 
 
 def listed(names: list[str], most: int = 10) -> str:

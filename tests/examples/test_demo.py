@@ -296,6 +296,22 @@ class TestFolders:
         message = self.complaint(capsys, tmp_path, "--data", root)
         assert f"cannot read {root}: permission denied" in message
 
+    def test_unreadable_class(
+        self, capsys: Any, tmp_path: Path, folder: Any, monkeypatch: Any
+    ) -> None:
+        folder("cat", 3)
+        root = folder("dog", 3)
+        scandir = os.scandir
+
+        def refuse(path: Any) -> Any:
+            if Path(path) == root / "dog":
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        message = self.complaint(capsys, tmp_path, "--data", root)
+        assert f"cannot read {root / 'dog'}: permission denied" in message
+
     @pytest.mark.parametrize("place", ["cat", "train/cat", "test/cat"])
     def test_a_class_with_a_single_image(
         self, place: str, capsys: Any, tmp_path: Path, folder: Any
@@ -335,6 +351,7 @@ class TestFolders:
         (root / name / "cut.tif").write_bytes(whole[: len(whole) // 2])
         (root / name / "empty.png").write_bytes(b"")
         (root / name / "text.jpg").write_text("not a picture")
+        (root / name / "gone.png").symlink_to("nowhere.png")
         (root / name / "notes.txt").write_text("not counted")
         return root
 
@@ -342,8 +359,8 @@ class TestFolders:
         self, capsys: Any, tmp_path: Path, folder: Any
     ) -> None:
         message = self.complaint(capsys, tmp_path, "--data", self.broken(folder))
-        assert "3 of 63 images" in message
-        for name in ("cat/cut.tif", "cat/empty.png", "cat/text.jpg"):
+        assert "4 of 64 images" in message
+        for name in ("cat/cut.tif", "cat/empty.png", "cat/gone.png", "cat/text.jpg"):
             assert name in message
         assert "--skip-corrupt" in message
         assert "notes.txt" not in message
@@ -355,14 +372,14 @@ class TestFolders:
         for i in range(20):
             (root / "dog" / f"bad{i:02d}.jpg").write_bytes(b"x")
         message = self.complaint(capsys, tmp_path, "--data", root)
-        assert "23 of 83" in message
-        assert "and 13 more" in message
+        assert "24 of 84" in message
+        assert "and 14 more" in message
 
     def test_corrupt_files_can_be_left_out(self, folder: Any) -> None:
         from _demo_data import from_folder
 
         images = from_folder(self.broken(folder), 16, skip_corrupt=True)
-        assert len(images.corrupt) == 3
+        assert len(images.corrupt) == 4
         assert len(images.train) + len(images.test) == 60
         assert images.train.shape[1:] == (3, 16, 16)
 
