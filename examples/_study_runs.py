@@ -75,6 +75,13 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message="Number of distinct clusters")
 
 
+def objective(loss: dict[str, Any]) -> C2BINLoss:
+    """Return C2BIN's loss: the recommended or, with `formulas`, the printed one with options."""
+    options = dict(loss)
+    printed = options.pop("formulas", "") == "printed"
+    return (C2BINLoss.paper if printed else C2BINLoss.recommended)(**options)
+
+
 def settings_of(
     trial: Trial, args: argparse.Namespace, images: Images, pixels: str, epochs: int, seed: int
 ) -> dict[str, Any]:
@@ -83,12 +90,15 @@ def settings_of(
     if trial.method == "mocov2":
         options["queue_size"] = queue_size(len(images.train))
     if trial.method == "c2bin":
-        options["num_clusters"] = [32, 64, 128]
+        options |= {"num_clusters": [32, 64, 128], "against": "follower"}
     options |= trial.options
     options["lr"] *= args.batch_size / 128
     names = ("dataset", "backbone", "batch_size", "accelerator", "precision")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"method": trial.method, "options": options, "loss": trial.loss}
+    if trial.method == "c2bin":
+        # With all defaults: when they change, these are other runs.
+        settings["objective"] = " ".join(repr(objective(trial.loss)).split())
     settings |= {"epochs": epochs, "seed": seed, "stored_views": args.workers == 0}
     settings |= {"images": [len(images.train), len(images.test)], "pixels": pixels}
     return settings | {name: versions()[name] for name in ("torch", "lightly", "c2bin_ext")}
@@ -101,9 +111,7 @@ def model_of(settings: dict[str, Any], size: int) -> LightningModule:
     options = dict(settings["options"])
     _, kind, _ = METHODS[settings["method"]]
     if settings["method"] == "c2bin":
-        loss = dict(settings["loss"])
-        build = C2BINLoss.paper if loss.pop("formulas", "") == "printed" else C2BINLoss
-        options["loss"] = build(**loss)
+        options["loss"] = objective(settings["loss"])
         if not options.keys().isdisjoint(VARIATIONS):
             kind = VariedC2BIN
     model = kind(net, features, **options)

@@ -90,6 +90,8 @@ class VariedC2BIN(C2BIN):
         **c2bin: Any,
     ) -> None:
         super().__init__(backbone, feature_dim, **c2bin)
+        if queue and self.against == "follower":
+            raise ValueError("queue: expected 0 against the follower, whose rows it does not keep")
         clusters = self.cluster_head.num_clusters
         if head_input != "plain":
             self.cluster_head = NormalizedHead(feature_dim, clusters, head_input)

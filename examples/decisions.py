@@ -1,10 +1,13 @@
-"""What each open choice of C2BIN does: the default with one thing changed at a time.
+"""What each open choice of C2BIN does, by measurement.
 
-    python examples/decisions.py                                       on scikit-learn's digits
-    python examples/decisions.py --data FOLDER --limit 5000 --processes 2
+    python examples/decisions.py                   the default with one thing changed at a time
+    python examples/decisions.py together          three choices, in every combination
+    python examples/decisions.py many_clusters --num-clusters 512 1024 --batch-size 64
+    python examples/decisions.py TABLE --data FOLDER --limit 5000 --processes 2
 
-Every run has the same images, views, backbone, batches and epochs. Writes NAME.md and NAME.json to
---out: means and standard deviations over seeds. Ctrl-C at any time: the same command goes on.
+Every run has the same images, views, backbone, batches and epochs; without --data they are
+scikit-learn's digits. Writes NAME.md and NAME.json to --out: means and standard deviations over
+seeds. Ctrl-C at any time: the same command goes on.
 """
 
 from __future__ import annotations
@@ -29,45 +32,64 @@ from _study_runs import (
 )
 from demo import write
 
-# Options of the method, and of its loss. "BYOL" stands for no cluster terms at all.
-CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "BYOL, no cluster terms": ({}, {}),
-    "default": ({}, {}),
+Choice = tuple[dict[str, Any], dict[str, Any]]  # options of the method, and of its loss
+BYOL = "BYOL, no cluster terms"
+DEFAULT: Choice = ({}, {})
+PAPERS = "the paper's weights"
+# The wiring of the paper with the temperature and the cluster weight of its Table 5.
+ONCE: Choice = ({"against": "runner"}, {"temperature": 0.5, "cluster_weight": 2.0})
+# What decided the defaults: the choices that moved most when they were changed one at a time.
+TOGETHER: dict[str, Choice] = {
+    f"{against}, temperature {temperature}, weight {weight}": (
+        {"against": against},
+        {"temperature": temperature, "cluster_weight": weight},
+    )
+    for against in ("runner", "follower")
+    for temperature in (0.5, 0.1)
+    for weight in (2.0, 0.5)
+}
+ONE_AT_A_TIME: dict[str, Choice] = {
+    "default": DEFAULT,
+    PAPERS: ONCE,
+    "against the runner": ({"against": "runner"}, {}),
+    "temperature 0.5": ({}, {"temperature": 0.5}),
+    "temperature 0.2": ({}, {"temperature": 0.2}),
+    "temperature 0.05": ({}, {"temperature": 0.05}),
+    "cluster weight 2": ({}, {"cluster_weight": 2.0}),
+    "cluster weight 0.2": ({}, {"cluster_weight": 0.2}),
     "dot": ({}, {"similarity": "dot"}),
     "positive left out": ({}, {"positive_in_denominator": False}),
     "one direction": ({}, {"symmetric": False}),
     "alignment in one direction": ({}, {"symmetric_alignment": False}),
     "no entropy": ({}, {"entropy_weight": 0.0}),
+    "entropy weight 2": ({}, {"entropy_weight": 2.0}),
     "entropy summed": ({}, {"reduction": "sum"}),
-    "temperature 0.1": ({}, {"temperature": 0.1}),
-    "temperature 0.2": ({}, {"temperature": 0.2}),
-    "cluster weight 0.2": ({}, {"cluster_weight": 0.2}),
-    "cluster weight 0.5": ({}, {"cluster_weight": 0.5}),
     "heads of 10, 20, 40": ({"num_clusters": [10, 20, 40]}, {}),
-    "against the follower": ({"against": "follower"}, {}),
-    "against the follower, temperature 0.2": ({"against": "follower"}, {"temperature": 0.2}),
-    "against the follower, temperature 0.1": ({"against": "follower"}, {"temperature": 0.1}),
     "cluster weight warmed up": ({"warmup": 0.25}, {}),
     "features of equal length": ({"head_input": "length"}, {}),
     "features standardised": ({"head_input": "batch"}, {}),
     "momentum to 1": ({"follower_schedule": "cosine"}, {}),
-    "as printed": ({}, {"formulas": "printed"}),
-    # A step has a tenth of the smoothed statistics and of their gradient: with the default's weight
-    # the cluster terms pull like those of a tenth of it, with ten times the weight like the
-    # default's.
-    "statistics over 10 steps": ({}, {"running_decay": 0.9}),
-    "statistics over 10 steps, weight 20": ({}, {"running_decay": 0.9, "cluster_weight": 20.0}),
-    "queue of 512 images": ({"queue": 512}, {}),
+    "as printed": ({"against": "runner"}, {"formulas": "printed"}),
 }
-# What concerns more clusters than the batch has images is asked for by name.
-USUAL = [name for name in CHOICES if not name.startswith(("statistics", "queue"))]
+MANY_CLUSTERS: dict[str, Choice] = {
+    "default": DEFAULT,
+    PAPERS: ONCE,
+    "weight 0.2": (ONCE[0], ONCE[1] | {"cluster_weight": 0.2}),
+    # A step has a tenth of the smoothed statistics and of their gradient: with the paper's weight
+    # the cluster terms pull like those of a tenth of it, with ten times the weight like its own.
+    "statistics over 10 steps": (ONCE[0], ONCE[1] | {"running_decay": 0.9}),
+    "statistics over 10 steps, weight 20": (
+        ONCE[0],
+        ONCE[1] | {"running_decay": 0.9, "cluster_weight": 20.0},
+    ),
+    "queue of 512 images": (ONCE[0] | {"queue": 512}, ONCE[1]),
+}
+TABLES = {"decisions": ONE_AT_A_TIME, "together": TOGETHER, "many_clusters": MANY_CLUSTERS}
 
 
-def trial(name: str, clusters: list[int]) -> Trial:
+def trial(choice: Choice, clusters: list[int]) -> Trial:
     """Return the run of one choice, with heads of `clusters` unless it says otherwise."""
-    if name.startswith("BYOL"):
-        return Trial("byol")
-    options, loss = CHOICES[name]
+    options, loss = choice
     options = {"num_clusters": clusters, **options}
     if "running_decay" in loss:
         loss = {**loss, "num_clusters": options["num_clusters"]}
@@ -77,30 +99,39 @@ def trial(name: str, clusters: list[int]) -> Trial:
 def run(args: Any) -> None:
     """Run every choice; write the table, and every number with settings and versions."""
     bench = Bench(args, args.epochs)
-    trials = [trial(name, args.num_clusters) for name in args.only]
-    results = bench.results("choices", trials, args.epochs, args.seeds, final=True)
-    found = dict(zip(args.only, results, strict=True))
+    trials = {BYOL: Trial("byol")}
+    trials |= {
+        name: trial(choice, args.num_clusters)
+        for name, choice in TABLES[args.table].items()
+        if name in (args.only or TABLES[args.table])
+    }
+    results = bench.results(args.table, [*trials.values()], args.epochs, args.seeds, final=True)
+    found = dict(zip(trials, results, strict=True))
     table = markdown(["C2BIN", *HEAD], [[name, *cells(runs)] for name, runs in found.items()])
     text = f"{table}\n\n{sentence(bench)} {args.epochs} epochs. {SCORES}"
     record = about(bench)
     record["settings"] |= {"epochs": args.epochs, "num_clusters": args.num_clusters}
     record["choices"] = [
         {"row": name, **vars(run), "results": recorded(found[name], args.seeds)}
-        for name, run in zip(args.only, trials, strict=True)
+        for name, run in trials.items()
     ]
-    write(args.out / f"{args.name}.json", json.dumps(record, indent=1) + "\n")
-    write(args.out / f"{args.name}.md", text + "\n")
+    name = args.name or args.table
+    write(args.out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write(args.out / f"{name}.md", text + "\n")
     print(f"\n{text}\n\nWritten to {args.out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     parser = parser_of(__doc__, "runs/decisions")
+    parser.add_argument(
+        "table", nargs="?", choices=[*TABLES], default="decisions", help="default: decisions"
+    )
     add = parser.add_argument_group("choices").add_argument
     add("--epochs", type=int, default=15, help="of every run (default: 15)")
     add("--num-clusters", type=int, nargs="+", default=[32, 64, 128], metavar="K")
-    add("--only", nargs="+", choices=[*CHOICES], default=USUAL, metavar="CHOICE", help="by name")
-    add("--name", default="decisions", help="of the files (default: decisions)")
+    add("--only", nargs="+", metavar="ROW", help="rows of the table, by name; BYOL is always there")
+    add("--name", help="of the files (default: the table's)")
     add(
         "--validation",
         type=int,
@@ -108,6 +139,10 @@ def main(argv: list[str] | None = None) -> int:
         help="leave out as many training images, as study.py does: with its --out, runs are shared",
     )
     args = parse(parser, argv, epochs=1, num_clusters=2, validation=0)
+    unknown = sorted(set(args.only or ()) - set(TABLES[args.table]))
+    if unknown:
+        rows = "; ".join(TABLES[args.table])
+        parser.error(f"--only: expected rows of {args.table} ({rows}), got {unknown}")
     return exit_code("decisions.py", lambda: run(args), args.out)
 
 

@@ -35,10 +35,12 @@ from c2bin_ext.functional import cluster_entropy_regularizer
 EVERY = 5
 # Of the picture: smaller gradients are nothing beside the others.
 FLOOR = 1e-6
+# With the paper's wiring, weights and temperature, so that the formulas alone differ.
+PAPERS = {"cluster_weight": 2.0, "entropy_weight": 1.0, "temperature": 0.5}
 FORMS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "dot products": {"similarity": "dot"},
-    "entropy summed": {"reduction": "sum"},
+    "cosines": PAPERS,
+    "dot products": {**PAPERS, "similarity": "dot"},
+    "entropy summed": {**PAPERS, "reduction": "sum"},
     "as printed": {"formulas": "printed"},
     "as printed, entropy weight 1/n": {"formulas": "printed", "entropy_weight": 1 / 128},
 }
@@ -119,7 +121,10 @@ def watch(bench: Bench, form: str) -> dict[str, Any]:
     options = dict(FORMS[form])
     build = C2BINLoss.paper if options.pop("formulas", "") == "printed" else C2BINLoss
     lr = LR_PER_IMAGE * args.batch_size
-    model = WatchedC2BIN(net, features, lr=lr, loss=build(**options), **OPTIMIZATION, **BOOTSTRAP)
+    loss = build(**options)
+    model = WatchedC2BIN(
+        net, features, lr=lr, loss=loss, against="runner", **OPTIMIZATION, **BOOTSTRAP
+    )
     with tqdm(total=args.epochs, desc=form, unit="epoch", disable=None) as overall:
         fit(
             model,

@@ -43,6 +43,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as T  # noqa: N812 - as everybody calls it
 
+from c2bin_ext import C2BINLoss
+
 LABELS = {"simclr": "SimCLR", "mocov2": "MoCo v2", "byol": "BYOL", "c2bin": "C2BIN"}
 FORMS: dict[str, Callable[..., LightningModule]] = {
     "simclr": c2bin_lightly.SimCLRBenchmark,
@@ -331,6 +333,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, value in sorted(vars(args).items())
         if name not in ("out", "methods", "num_workers")
     }
+    # With all defaults: when they change, results are others.
+    settings["objective"] = f"against the follower, {C2BINLoss.recommended()!r}"
     versions = {n: version(n) for n in ("torch", "torchvision", "lightly", "pytorch-lightning")}
     stored = args.out / "settings.json"
     if stored.exists():

@@ -7,7 +7,7 @@ first is the demo's), and as many epochs. The best third of each rung goes on to
 kNN (k = 200) on validation images that are neither trained on nor tested on. Then each method's
 winner, and its settings before tuning, are trained with fresh seeds and scored on the test images.
 
-Writes study.md and study.json to --out. Ctrl-C at any time: the same command goes on.
+Writes NAME.md and NAME.json to --out. Ctrl-C at any time: the same command goes on.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ SPACES: dict[str, dict[str, list[Any]]] = {
         **FOLLOWER,
         "hidden_dim": [512, 1024],
         "num_clusters": [[10, 20, 40], [32, 64, 128], [64, 128, 256]],
+        "against": ["runner", "follower"],
     },
 }
 LOSS: dict[str, list[Any]] = {
     "cluster_weight": [0.1, 0.2, 0.5, 1.0, 2.0],
     "entropy_weight": [0.5, 1.0, 2.0],
-    "temperature": [0.1, 0.2, 0.5, 1.0],
+    "temperature": [0.05, 0.1, 0.2, 0.5],
 }
 
 
@@ -152,8 +153,8 @@ def study(args: Any) -> None:
         {"row": name, **vars(trial), "results": recorded(found[name], args.seeds)}
         for name, trial in rows.items()
     ]
-    write(args.out / "study.json", json.dumps(record, indent=1) + "\n")
-    write(args.out / "study.md", text + "\n")
+    write(args.out / f"{args.name}.json", json.dumps(record, indent=1) + "\n")
+    write(args.out / f"{args.name}.md", text + "\n")
     print(f"\n{text}\n\nWritten to {args.out}")
 
 
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--trials", type=int, default=12, help="settings of each method (default: 12)")
     add("--rungs", type=int, nargs="+", default=[3, 6, 12], help="epochs (default: 3 6 12)")
     add("--epochs", type=int, default=12, help="of the winners (default: 12)")
+    add("--name", default="study", help="of the files (default: study)")
     add("--validation", type=int, default=1000, help="images to choose by (default: 1000)")
     args = parse(parser, argv, trials=1, rungs=1, epochs=1, validation=1)
     args.methods = [method for method in METHODS if method in args.methods]

@@ -225,11 +225,19 @@ class TestForward:
         options = {**PAPER, **overrides, "similarity": "cosine"}
         same(loss(*inputs()).loss, expected(inputs(), **options)[0])
 
-    def test_paper_of_a_subclass(self) -> None:
+    def test_recommended(self) -> None:
+        options: dict[str, Any] = {"entropy_weight": 2.0, "similarity": "dot"}
+        loss = C2BINLoss.recommended(**options)
+        options |= {"cluster_weight": 0.5, "temperature": 0.1}
+        same(loss(*inputs()).loss, expected(inputs(), **options)[0])
+        assert C2BINLoss.recommended(temperature=0.3).temperature == 0.3
+
+    @pytest.mark.parametrize("form", ["paper", "recommended"])
+    def test_forms_of_a_subclass(self, form: str) -> None:
         class Mine(C2BINLoss):
             pass
 
-        assert type(Mine.paper()) is Mine
+        assert type(getattr(Mine, form)()) is Mine
 
     def test_second_alignment_has_no_influence_when_one_sided(self) -> None:
         predictions, targets, assignments = inputs()

@@ -48,6 +48,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="clusters of each head (default: 512,1024,2048, the paper's for ImageNet)",
     )
     parser.add_argument(
+        "--against",
+        choices=["runner", "follower"],
+        help="whose clusters C2BIN's are contrasted with (default: runner, as in the paper)",
+    )
+    parser.add_argument(
         "--no-online-knn",
         action="store_true",
         help="no kNN after every epoch, which costs C2BIN a pass over the training images",
@@ -111,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"python -m c2bin_lightly: error: {args.script} is no ImageNet benchmark of lightly: "
             f"it has no {' and no '.join(missing) or 'dict METHODS'}"
         )
-    options = {} if args.num_clusters is None else {"num_clusters": args.num_clusters}
+    given = {"num_clusters": args.num_clusters, "against": args.against}
+    options = {name: value for name, value in given.items() if value is not None}
     register(script.METHODS, online_knn=not args.no_online_knn, **options)
     with quiet_nested_knn():
         script.main(**vars(script.parser.parse_args(args.arguments)))

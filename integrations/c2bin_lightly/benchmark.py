@@ -9,7 +9,7 @@ is in the pip package: `SimCLRBenchmark`, `MoCoV2Benchmark`, `BYOLBenchmark`, `C
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightly.transforms.byol_transform import BYOLTransform
 from lightly.utils.benchmarking import BenchmarkModule, KNNClassifier, OnlineLinearClassifier
@@ -60,6 +60,7 @@ class C2BINResNet50(C2BIN):
         knn_t: Temperature of the online kNN.
         num_clusters: K of each head.
         loss: The objective, if not that of Table 7. It is not stored in checkpoints.
+        against: As in `C2BIN`; by default as in the paper, like the rest of Table 7.
 
     Raises:
         ValueError: One of knn_k and knn_t without the other.
@@ -82,6 +83,7 @@ class C2BINResNet50(C2BIN):
         # Table 7. At its batch of 256 the largest head has more clusters than the batch has images.
         num_clusters: Sequence[int] = (512, 1024, 2048),
         loss: C2BINLoss | None = None,
+        against: Literal["runner", "follower"] = "runner",
     ) -> None:
         if (knn_k is None) != (knn_t is None):
             raise ValueError(
@@ -98,6 +100,7 @@ class C2BINResNet50(C2BIN):
             loss=C2BINLoss(cluster_weight=1.0, entropy_weight=0.05, temperature=0.2)
             if loss is None
             else loss,
+            against=against,
             # Table 7 and lightly's BYOL alike.
             hidden_dim=4096,
             # lightly's BYOL; Table 7 does not say.
@@ -201,7 +204,7 @@ def register(
         online_knn: Take the `knn_k` and `knn_t` that the script offers, and have its kNN after
             every epoch. That costs a pass over the training images; lightly's SimCLR pays it too,
             its BYOL and MoCo v2 do not.
-        **options: Of `C2BINResNet50`: `num_clusters`, `loss`.
+        **options: Of `C2BINResNet50`: `num_clusters`, `loss`, `against`.
 
     Raises:
         TypeError: An unknown option.
@@ -213,9 +216,10 @@ def register(
         >>> sorted(METHODS["c2bin"])
         ['model', 'transform']
     """
-    unknown = sorted(set(options) - {"num_clusters", "loss"})
+    known = ["against", "loss", "num_clusters"]
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"register got unknown options {unknown}; known: ['loss', 'num_clusters']")
+        raise TypeError(f"register got unknown options {unknown}; known: {known}")
     if "c2bin" in methods:
         raise ValueError("methods: expected no entry 'c2bin', got one: it is registered already")
 

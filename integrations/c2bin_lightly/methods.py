@@ -434,10 +434,11 @@ class C2BIN(BYOL):
             to (n, feature_dim).
         feature_dim: Length of one feature vector.
         num_clusters: K of each head.
-        loss: The objective, for options other than `C2BINLoss()`. It is not stored in checkpoints:
-            give it again, like `backbone`, to `load_from_checkpoint`.
+        loss: The objective, for options other than those of `C2BINLoss.recommended`. It is not
+            stored in checkpoints: give it again, like `backbone`, to `load_from_checkpoint`.
         against: What a view's assignments are contrasted with: those of the other view from the
-            features of the `"runner"`, as in the paper, or of the `"follower"`, without gradient.
+            features of the `"follower"`, without gradient, which trains better; or of the
+            `"runner"`, as in the paper and as a loss with `running_decay` wants it.
         **byol: See `BYOL` (hidden_dim, projection_dim, follower_momentum, follower_schedule) and
             `Optimization`.
 
@@ -456,7 +457,7 @@ class C2BIN(BYOL):
         *,
         num_clusters: Sequence[int] = (32, 64, 128),
         loss: C2BINLoss | None = None,
-        against: Literal["runner", "follower"] = "runner",
+        against: Literal["runner", "follower"] = "follower",
         **byol: Any,
     ) -> None:
         super().__init__(backbone, feature_dim, **byol)
@@ -464,7 +465,12 @@ class C2BIN(BYOL):
             raise ValueError(f"against must be 'runner' or 'follower', got {against!r}")
         self.against = against
         self.cluster_head = MultiScaleClusterHead(feature_dim, num_clusters)
-        self.criterion = C2BINLoss() if loss is None else loss
+        self.criterion = C2BINLoss.recommended() if loss is None else loss
+        if against == "follower" and getattr(self.criterion, "running", None) is not None:
+            raise ValueError(
+                "against must be 'runner' for a loss with running_decay, whose statistics are of "
+                "two views of the runner; got 'follower'"
+            )
         self.monitor = ClusterMonitor(self.cluster_head.num_clusters)
 
     def assignments(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -26,15 +26,17 @@ __all__ = ["C2BIN"]
 
 # Table 5 of the paper.
 _WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 512, "pred_hidden_dim": 512}
-_LOSS = {name: p.default for name, p in inspect.signature(C2BINLoss).parameters.items()} | {
-    "gather_distributed": True  # does nothing in one process
+_RECOMMENDED = C2BINLoss.recommended(gather_distributed=True)  # does nothing in one process
+_LOSS = {
+    name: getattr(_RECOMMENDED, name, p.default)
+    for name, p in inspect.signature(C2BINLoss).parameters.items()
 }
 _HEAD = {
     name: p.default
     for name, p in inspect.signature(MultiScaleClusterHead).parameters.items()
     if name != "in_features"
 }
-_AGAINST = ("runner", "follower")
+_AGAINST = ("follower", "runner")
 _CHECKPOINT_KEY = "c2bin_method_kwargs"
 
 
@@ -73,11 +75,13 @@ class C2BIN(BYOL):  # type: ignore[misc]
 
     Args:
         cfg: Of solo-learn, with a section `momentum` and in `method_kwargs`, all optional, the
-            arguments of `C2BINLoss`; `num_clusters` and `bias` of `MultiScaleClusterHead`; and
+            arguments of `C2BINLoss`, by default those of `C2BINLoss.recommended`;
+            `num_clusters` and `bias` of `MultiScaleClusterHead`; and
             `proj_hidden_dim`, `proj_output_dim` and `pred_hidden_dim` of BYOL, 512 each.
             `gather_distributed` is on unless set otherwise. `against`: contrast the runner's
-            clusters of a view with those of the other view from the `"runner"`, as in the paper,
-            or from the `"follower"`, without gradient.
+            clusters of a view with those of the other view from the `"follower"`, without gradient,
+            which trains better; or from the `"runner"`, as in the paper and as `running_decay`
+            wants it.
 
     Raises:
         TypeError: An entry of `method_kwargs` of the wrong type.
@@ -89,7 +93,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
         >>> sections = {"backbone": {}, "optimizer": {}, "scheduler": {}}
         >>> cfg = OmegaConf.create(sections | {"method_kwargs": {"num_clusters": [10, 40]}})
         >>> C2BIN.add_and_assert_specific_cfg(cfg).method_kwargs.temperature
-        0.5
+        0.1
 
     Source: C2BIN, Eq. 1-8; submitted to ICLR 2021.
     """
@@ -139,6 +143,11 @@ class C2BIN(BYOL):  # type: ignore[misc]
         if kwargs["against"] not in _AGAINST:
             raise ValueError(
                 f"method_kwargs.against: expected one of {_AGAINST}, got {kwargs['against']!r}"
+            )
+        if kwargs["against"] == "follower" and kwargs["running_decay"]:
+            raise ValueError(
+                "method_kwargs.against: expected 'runner' with running_decay, whose statistics are "
+                "those of two views of the runner, got 'follower'"
             )
         # The constructors check the rest and name the argument.
         C2BINLoss(**{name: kwargs[name] for name in _LOSS})

@@ -136,37 +136,78 @@ def test_choices_are_made_on_images_of_their_own(tmp_path: Path) -> None:
     assert len(bench.validation.test_labels.unique()) == 10
 
 
-def test_decisions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        (
+            "decisions",
+            [
+                "default",
+                "against the runner",
+                "cluster weight warmed up",
+                "features of equal length",
+                "features standardised",
+                "as printed",
+            ],
+        ),
+        (
+            "many_clusters",
+            ["the paper's weights", "statistics over 10 steps", "queue of 512 images"],
+        ),
+    ],
+)
+def test_decisions(table: str, names: list[str], tmp_path: Path) -> None:
     import decisions
 
-    names = [
-        "BYOL, no cluster terms",
-        "default",
-        "against the follower",
-        "cluster weight warmed up",
-        "features of equal length",
-        "features standardised",
-        "statistics over 10 steps",
-        "queue of 512 images",
-        "as printed",
-    ]
-    command = [*SMALL, "--epochs", "1", "--seeds", "0", "--num-clusters", "4", "8"]
+    command = [table, *SMALL, "--epochs", "1", "--seeds", "0", "--num-clusters", "4", "8"]
     assert decisions.main([*command, "--out", str(tmp_path), "--only", *names]) == 0
-    record = json.loads((tmp_path / "decisions.json").read_text())
-    assert [choice["row"] for choice in record["choices"]] == names
+    record = json.loads((tmp_path / f"{table}.json").read_text())
+    rows = [choice["row"] for choice in record["choices"]]
+    assert rows == ["BYOL, no cluster terms", *names]
     found = {choice["row"]: choice["results"]["0"] for choice in record["choices"]}
     curves = [json.loads(path.read_text())["curve"] for path in tmp_path.glob("runs/*/result.json")]
     # Every choice is another objective: none is an option that nothing reads.
-    assert len({curve[0]["train_loss"] for curve in curves}) == len(names)
-    assert [head["k"] for head in found["default"]["clustering"][1:]] == [4, 8]
+    assert len({curve[0]["train_loss"] for curve in curves}) == len(rows)
+    assert [head["k"] for head in found[names[0]]["clustering"][1:]] == [4, 8]
+
+
+def test_rows_of_another_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import decisions
+
+    with pytest.raises(SystemExit):
+        decisions.main(["together", *SMALL, "--only", "dot", "--out", str(tmp_path)])
+    message = capsys.readouterr().err
+    assert "--only: expected rows of together (runner, temperature 0.5, weight 2.0; " in message
+    assert "got ['dot']" in message
+
+
+def test_new_defaults_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import demo
+    import study
+    from _study_runs import Bench, Trial, parse, parser_of, settings_of
+
+    args = parse(parser_of(study.__doc__, str(tmp_path)), SMALL)
+    images = Bench(args, longest=1).images
+
+    def both() -> list[Any]:
+        return [
+            settings_of(Trial("c2bin"), args, images, "pixels", 1, 0),
+            demo.settings_of(demo.parse(["--out", str(tmp_path)]), images),
+        ]
+
+    before = both()
+    assert before == both()
+    assert before[0]["options"]["against"] == "follower"
+    monkeypatch.setattr(C2BINLoss, "recommended", C2BINLoss)
+    assert all(old != new for old, new in zip(before, both(), strict=True))
 
 
 def test_every_choice_is_an_option() -> None:
     import decisions
     from _study_runs import model_of
 
-    for name in decisions.CHOICES:
-        trial = decisions.trial(name, [4, 8])
+    for choice in (choice for table in decisions.TABLES.values() for choice in table.values()):
+        trial = decisions.trial(choice, [4, 8])
         options = {"lr": 0.1, **trial.options}
         settings = {"seed": 0, "backbone": "small", "method": trial.method}
         model = model_of({**settings, "options": options, "loss": trial.loss}, size=16)
@@ -198,7 +239,8 @@ def test_queue(size: int) -> None:
         torch.testing.assert_close(found.contrast, wanted.contrast)
         torch.testing.assert_close(found.entropy, wanted.entropy)
         torch.testing.assert_close(
-            found.loss, found.alignment + 2 * (found.contrast + found.entropy)
+            found.loss,
+            found.alignment + whole.cluster_weight * (found.contrast + found.entropy),
         )
         grads = [
             torch.autograd.grad(part.contrast + part.entropy, leaves[0] + leaves[1])
@@ -222,9 +264,9 @@ def test_gradient_sizes(tmp_path: Path) -> None:
     # forms are the same network.
     first = {name: form["rows"][0] for name, form in record["forms"].items()}
     for k in (32, 64, 128):
-        ratio = first["entropy summed"][f"entropy, K={k}"] / first["default"][f"entropy, K={k}"]
+        ratio = first["entropy summed"][f"entropy, K={k}"] / first["cosines"][f"entropy, K={k}"]
         assert ratio == pytest.approx(20, rel=1e-3)
-    assert first["default"]["alignment"] == pytest.approx(first["dot products"]["alignment"])
+    assert first["cosines"]["alignment"] == pytest.approx(first["dot products"]["alignment"])
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ TABLE_5: _Settings = {
     **_mlp(512, 512),
     **_momentum_factor(0.990),
     "method_kwargs.temperature": 0.5,
+    "method_kwargs.against": "runner",
     "method_kwargs.num_clusters": [32, 64, 128],
 }
 
@@ -64,6 +65,7 @@ TABLE_7: _Settings = {
     **_mlp(2048, 4096),
     **_momentum_factor(0.990),
     "method_kwargs.temperature": 0.2,
+    "method_kwargs.against": "runner",
     "method_kwargs.num_clusters": [512, 1024, 2048],
 }
 
@@ -93,6 +95,7 @@ TABLE_10: _Settings = {
     **_mlp(512, 512),
     **_momentum_factor(0.995),
     "method_kwargs.temperature": 1.0,
+    "method_kwargs.against": "runner",
 }
 
 PRETRAINING: dict[str, _Settings] = {

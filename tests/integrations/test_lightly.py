@@ -244,7 +244,7 @@ class TestFollower:
 
 class TestC2BIN:
     def test_against_the_follower(self, complains: Any) -> None:
-        model = build(C2BIN, against="follower")
+        model = build(C2BIN)
         with torch.no_grad():  # so that the follower is another network
             for parameter in model.follower_backbone.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -253,12 +253,12 @@ class TestC2BIN:
         own = [model.cluster_head(model(view)) for view in (view0, view1)]
         other = [model.cluster_head(model.follower_backbone(view)) for view in (view0, view1)]
         contrasts = [
-            bca_contrastive_loss(a, b, temperature=0.5)
+            bca_contrastive_loss(a, b, temperature=model.criterion.temperature)
             for pair in ((own[0], other[1]), (own[1], other[0]))
             for a, b in zip(*pair, strict=True)
         ]
         torch.testing.assert_close(found["contrast"], sum(contrasts) / 2)
-        runner = build(C2BIN)
+        runner = build(C2BIN, against="runner")
         runner.load_state_dict(model.state_dict())
         same = runner.losses(view0, view1)
         torch.testing.assert_close(same["alignment"], found["alignment"])
@@ -268,6 +268,18 @@ class TestC2BIN:
         assert all(p.grad is not None for p in model.cluster_head.parameters())
         with complains(ValueError, "against", "'runner' or 'follower'", "'both'"):
             build(C2BIN, against="both")
+
+        class Doubled(torch.nn.Module):
+            def forward(self, *args: Any, **options: Any) -> Any:
+                output = C2BINLoss.recommended()(*args, **options)
+                return output._replace(loss=2 * output.loss)
+
+        doubled = build(C2BIN, loss=Doubled())  # any module with the call of C2BINLoss
+        doubled.load_state_dict(model.state_dict())
+        torch.testing.assert_close(doubled.losses(view0, view1)["loss"], 2 * found["loss"])
+        running = C2BINLoss(running_decay=0.9, num_clusters=model.cluster_head.num_clusters)
+        with complains(ValueError, "against", "'runner'", "running_decay", "'follower'"):
+            build(C2BIN, loss=running)
 
     def test_half_precision_with_scaled_gradients(self) -> None:
         """The arithmetic of precision 16-mixed, which Lightning keeps for GPUs."""
@@ -318,7 +330,8 @@ class TestC2BIN:
             "train_effective_clusters_0_of_3",
             "train_effective_clusters_1_of_5",
         }
-        total = logged["train_alignment"] + 2 * (logged["train_contrast"] + logged["train_entropy"])
+        terms = logged["train_contrast"] + logged["train_entropy"]
+        total = logged["train_alignment"] + model.criterion.cluster_weight * terms
         assert logged["train_loss"] == pytest.approx(total, rel=1e-5)
         assert 1 <= logged["train_effective_clusters_1_of_5"] <= 5
 

@@ -180,6 +180,7 @@ class TestImageNetForm:
         assert model.cluster_head.num_clusters == (512, 1024, 2048)
         loss = model.criterion
         assert (loss.cluster_weight, loss.entropy_weight, loss.temperature) == (1.0, 0.05, 0.2)
+        assert model.against == "runner"
         assert model.projector.layers[0].out_features == 4096
         assert (model.follower_momentum, model.follower_schedule) == (0.99, "cosine")
 
@@ -320,12 +321,13 @@ class TestLauncher:
         launcher.main(["--no-online-knn", str(script), "--methods", "byol", "c2bin"])
         assert capsys.readouterr().out.endswith("WithoutKNN\n")
 
-    def test_num_clusters_reach_the_method(
+    def test_options_reach_the_method(
         self, script: Path, small: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        launcher.main(["--num-clusters", "4,8", str(script)])
+        launcher.main(["--num-clusters", "4,8", "--against", "follower", str(script)])
         model = sys.modules["stand_in"].METHODS["c2bin"]["model"](8, CLASSES, 5, 0.1)
         assert model.cluster_head.num_clusters == (4, 8)
+        assert model.against == "follower"
 
     def test_options_of_the_script_are_its_own(self, script: Path, capsys: Any) -> None:
         with pytest.raises(SystemExit):

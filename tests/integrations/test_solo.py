@@ -208,7 +208,10 @@ class TestOptions:
         assert model.cluster_head.num_clusters == (3, 5)
 
     def test_running_statistics_are_in_the_checkpoint(self) -> None:
-        model = build(method_kwargs={**KWARGS, "running_decay": 0.9})
+        running = {**KWARGS, "running_decay": 0.9}
+        with pytest.raises(ValueError, match=r"method_kwargs.against: expected 'runner' with runn"):
+            build(method_kwargs=running)
+        model = build(method_kwargs={**running, "against": "runner"})
         model.training_step([None, crops(16, 16), torch.tensor([0, 1, 2, 3])], 0)
         kept = {k: v for k, v in model.state_dict().items() if k.startswith("loss_function")}
         assert any(value.is_floating_point() and value.any() for value in kept.values())
@@ -232,7 +235,8 @@ class TestObjective:
         return predictions, targets, [model.cluster_head(f) for f in features[:2]]
 
     def test_is_the_loss_of_the_parts_plus_the_classifier_s(self) -> None:
-        model, views = build(), crops(16, 16)
+        papers = {"against": "runner", "temperature": 0.5, "cluster_weight": 2.0}
+        model, views = build(method_kwargs={**KWARGS, **papers}), crops(16, 16)
         labels = torch.tensor([0, 1, 2, 3])
         loss = copy.deepcopy(model).training_step([None, views, labels], 0)
         predictions, targets, assignments = self.terms(copy.deepcopy(model), views)
@@ -250,7 +254,7 @@ class TestObjective:
         torch.testing.assert_close(loss, objective + classes)
 
     def test_against_the_follower(self) -> None:
-        model, views = build(method_kwargs={**KWARGS, "against": "follower"}), crops(16, 16)
+        model, views = build(), crops(16, 16)
         with torch.no_grad():  # so that the follower is another network
             for parameter in model.momentum_backbone.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -452,9 +456,9 @@ class TestTraining:
         fit.fit(model, loaders()[0])
         fit.save_checkpoint(tmp_path / "a.ckpt")
         content = torch.load(tmp_path / "a.ckpt", weights_only=True)
-        assert content["c2bin_method_kwargs"]["temperature"] == 0.5
+        assert content["c2bin_method_kwargs"]["temperature"] == 0.1
         other = C2BIN(config(method_kwargs={**KWARGS, "temperature": 0.25}, **options))
-        with pytest.raises(ValueError, match=r"temperature 0.5 -> 0.25"):
+        with pytest.raises(ValueError, match=r"temperature 0.1 -> 0.25"):
             trainer(tmp_path, 2).fit(other, loaders()[0], ckpt_path=tmp_path / "a.ckpt")
 
     def test_a_checkpoint_cut_off_leaves_the_one_before(
