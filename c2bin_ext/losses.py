@@ -35,6 +35,12 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
+def _one_head(num_clusters: int | None) -> tuple[int, ...] | None:
+    if num_clusters is None:
+        return None
+    return (_checks.whole_number("num_clusters", num_clusters, 2),)
+
+
 class BootstrapAlignmentLoss(_Loss):
     """Cosine distance of predictions from the follower's targets, Eq. 1.
 
@@ -130,7 +136,7 @@ class BCAContrastiveLoss(_Loss):
             "positive_in_denominator", positive_in_denominator
         )
         self.symmetric = _checks.flag("symmetric", symmetric)
-        self.running = running_statistics(running_decay, num_clusters, self._sums)
+        self.running = running_statistics(running_decay, _one_head(num_clusters), self._sums)
 
     def _sums(self, clusters: int) -> int:
         return clusters**2 + (2 * clusters if self.similarity == "cosine" else 0)
@@ -192,7 +198,9 @@ class ClusterEntropyRegularizer(_Loss):
     ) -> None:
         super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
         self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-        self.running = running_statistics(running_decay, num_clusters, lambda clusters: clusters)
+        self.running = running_statistics(
+            running_decay, _one_head(num_clusters), lambda clusters: clusters
+        )
 
     def forward(self, assignments: Tensor) -> Tensor:
         return functional.cluster_entropy_regularizer(

@@ -135,7 +135,7 @@ def decay_rate(name: str, value: float) -> float:
 
 
 def running_statistics(
-    decay: float, num_clusters: Sequence[int] | int | None, size: Callable[[int], int]
+    decay: float, num_clusters: Sequence[int] | None, size: Callable[[int], int]
 ) -> RunningStatistics | None:
     """Return what a loss carries over steps: nothing without a decay.
 
@@ -149,6 +149,5 @@ def running_statistics(
                 f"{decay} keeps statistics of them over steps, got None"
             )
         return None
-    heads = [num_clusters] if isinstance(num_clusters, int) else num_clusters
-    total = sum(size(k) for k in _checks.cluster_counts(heads))
+    total = sum(size(k) for k in _checks.cluster_counts(num_clusters))
     return RunningStatistics(total, decay) if decay > 0 else None

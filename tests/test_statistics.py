@@ -215,6 +215,8 @@ class TestRunning:
                 losses(running_decay=-0.1, num_clusters=5)
             with complains(ValueError, "num_clusters", "1"):
                 losses(running_decay=0.5, num_clusters=1)
+            with complains(TypeError, "num_clusters", "an int >= 2", "(3, 4)"):
+                losses(running_decay=0.5, num_clusters=(3, 4))
         with complains(TypeError, "running_decay", "str"):
             C2BINLoss(running_decay="0.9", num_clusters=HEADS)  # type: ignore[arg-type]
         loss = BCAContrastiveLoss(running_decay=0.9, num_clusters=4)

@@ -88,11 +88,25 @@ def entropy_alone(logits: Logits) -> Tensor:
     return sum((entropy(view.softmax(1)) for view in views), logits[0][0].new_zeros(()))
 
 
+def heads_of(logits: Logits) -> tuple[tuple[Tensor, ...], ...]:
+    return tuple(zip(*((a.softmax(1), b.softmax(1)) for a, b in logits), strict=True))
+
+
 def objective(logits: Logits) -> Tensor:
     first = logits[0][0]
     embeddings = (first.new_ones(len(first), EMBEDDING),) * 2
-    heads = tuple(zip(*((a.softmax(1), b.softmax(1)) for a, b in logits), strict=True))
-    return C2BINLoss()(embeddings, embeddings, heads).loss
+    return C2BINLoss()(embeddings, embeddings, heads_of(logits)).loss
+
+
+def against_follower(logits: Logits) -> Tensor:
+    """What the adapters do: two Gram matrices a head, and the softmax of the follower's logits."""
+    first = logits[0][0]
+    embeddings = (first.new_ones(len(first), EMBEDDING),) * 2
+    with torch.no_grad():
+        fixed = heads_of(logits)
+    heads = heads_of(logits)
+    criterion = C2BINLoss.recommended()
+    return criterion(embeddings, embeddings, heads, target_assignments=fixed).loss
 
 
 def swav(logits: Logits) -> Tensor:
@@ -143,6 +157,7 @@ def candidates_for(
         FLOOR: floor,
         BOTH: cluster_terms(),
         WHOLE: objective,
+        f"{WHOLE}, against the follower": against_follower,
         '`similarity="dot"`': cluster_terms(similarity="dot"),
     }
     if grid:
