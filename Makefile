@@ -47,6 +47,7 @@ examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/benchmarks/loss_cost.py --rounds 3 --seconds 0
 	$(BIN)/python examples/benchmarks/distributed_cost.py --rounds 3
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --batch-size 4 --rounds 1
+	$(BIN)/python examples/benchmarks/pipeline_cost.py --batch-size 4 --images 16 --seconds 0
 	$(BIN)/python examples/demo.py --smoke --out build/smoke --overwrite
 	$(BIN)/python examples/paper all --budget smoke --out build/paper
 	$(BIN)/python examples/study.py --methods c2bin --trials 1 --rungs 1 $(TINY) --out build/study
@@ -57,6 +58,7 @@ benchmark: setup  ## cost of the losses, of a training step, and over processes
 	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results
 	$(BIN)/python examples/benchmarks/distributed_cost.py --out docs/results
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --out docs/results
+	$(BIN)/python examples/benchmarks/pipeline_cost.py --batch-size 64 --out docs/results
 
 mutation: setup  ## mutation testing of the core with the fast tests (minutes to an hour)
 	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'
