@@ -168,10 +168,12 @@ class TestOptions:
         cfg = config()
         cfg.method_kwargs = {}
         kwargs = C2BIN.add_and_assert_specific_cfg(cfg).method_kwargs
+        best = {"cluster_weight": 0.5, "temperature": 0.1}
         for kind in (C2BINLoss, MultiScaleClusterHead):
             for name, parameter in inspect.signature(kind).parameters.items():
                 if name not in ("in_features", "gather_distributed", "num_clusters"):
-                    assert kwargs[name] == parameter.default, name
+                    assert kwargs[name] == best.get(name, parameter.default), name
+        assert kwargs.against == "follower"
         # On by itself where there are several processes.
         assert kwargs.gather_distributed is True
         assert list(kwargs.num_clusters) == [32, 64, 128]
