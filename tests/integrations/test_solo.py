@@ -266,7 +266,7 @@ class TestObjective:
         other = copy.deepcopy(model)
         fixed = [other.cluster_head(other.momentum_backbone(x)) for x in views]
         ways = [
-            c2bin_loss(predictions, targets, pair).loss
+            c2bin_loss(predictions, targets, pair, cluster_weight=0.5, temperature=0.1).loss
             for pair in ((assignments[0], fixed[1]), (assignments[1], fixed[0]))
         ]
         torch.testing.assert_close(loss, sum(ways) / 2)
