@@ -55,9 +55,9 @@ from c2bin_ext.metrics import effective_clusters
 # the optimisation (SGD, 0.06 per 128 images), the sizes of projectors and predictors, the
 # temperatures of SimCLR (0.5) and MoCo v2 (0.1), its symmetric loss and its queue (at most 4096),
 # the followers' momentum (constant, as in C2BIN's paper). C2BIN is BYOL's line plus its adapter's
-# defaults: the weights 2 and 1 and the 32, 64 and 128 clusters of the paper's Table 5, and what won
-# in examples/decisions.py, on these digits among others: the follower's clusters and the
-# temperature 0.1.
+# defaults: the entropy weight 1 and the 32, 64 and 128 clusters of the paper's Table 5, and what
+# won in examples/decisions.py, on these digits among others: the follower's clusters, the cluster
+# weight 0.5 and the temperature 0.1.
 OPTIMIZATION: dict[str, Any] = {
     "optimizer": "sgd",
     "momentum": 0.9,
