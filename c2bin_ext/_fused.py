@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import threshold
 
 from c2bin_ext._numerics import (
     SMALLEST_MASS,
@@ -42,7 +41,7 @@ def usable(*tensors: Tensor) -> bool:
     return not (
         is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(_tangent(tensor) is not None for tensor in tensors)
+        or (forward_ad._current_level >= 0 and any(_tangent(t) is not None for t in tensors))
     )
 
 
@@ -106,14 +105,12 @@ class _CosineContrast(torch.autograd.Function):
         floors: tuple[float, float],
         formula: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        clusters = assignments0.shape[1]
         inverse0 = inverse_norm((assignments0 * assignments0).sum(dim=0), floors[0])
         inverse1 = inverse_norm((assignments1 * assignments1).sum(dim=0), floors[1])
         unit0, unit1 = assignments0 * inverse0, assignments1 * inverse1
         with _full_precision(assignments0):
-            logits = torch.mm(unit0.T, unit1)
-        if temperature != 1:
-            logits.mul_(1 / temperature)
+            # beta = 0 ignores the first operand: this is the product divided by τ in one pass.
+            logits = torch.addmm(inverse1, unit0.T, unit1, beta=0, alpha=1 / temperature)
         positive = logits.trace()
         exponentials = logits.exp_()
         if not positive_in_denominator:
@@ -125,7 +122,8 @@ class _CosineContrast(torch.autograd.Function):
             *(exponentials, rows, columns),
         )
         ctx.options = (temperature, symmetric, formula)
-        return (rows * columns).log_().sum().sub_(positive, alpha=2).div_(2 * clusters)
+        logs = (rows * columns).log_().sum()
+        return logs.sub_(positive, alpha=2).div_(2 * exponentials.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,23 +132,24 @@ class _CosineContrast(torch.autograd.Function):
         unit0, unit1, inverse0, inverse1, exponentials, rows, columns = saved
         if torch.is_grad_enabled():
             return *_differentiate(ctx, formula, grad, assignments0, assignments1), *[None] * 5
-        weight = grad / (exponentials.shape[0] * temperature)
         # dL/dS = softmax over rows (and over columns) minus the identity, averaged over clusters.
+        # The average and 1/τ are left to the products: there a factor costs nothing.
         if symmetric:
-            half = weight / 2
-            grad_logits = torch.add((half / rows)[:, None], half / columns).mul_(exponentials)
+            grad_logits = torch.add((grad / rows)[:, None], grad / columns).mul_(exponentials)
         else:
-            grad_logits = exponentials * (weight / rows)[:, None]
-        grad_logits.diagonal().sub_(weight)
+            grad_logits = exponentials * (grad / rows)[:, None]
+        ways = 2 if symmetric else 1
+        grad_logits.diagonal().sub_(grad, alpha=ways)
+        scale = 1 / (ways * exponentials.shape[0] * temperature)
         grad0 = grad1 = None
         # Through the normalisation: the part along the unit column drops out.
         with _full_precision(unit0):
             if ctx.needs_input_grad[0]:
-                grad0 = torch.mm(unit1, grad_logits.T)
-                grad0.sub_(unit0 * (grad0 * unit0).sum(dim=0)).mul_(inverse0)
+                grad0 = torch.addmm(inverse0, unit1, grad_logits.T, beta=0, alpha=scale)
+                grad0.addcmul_(unit0, (grad0 * unit0).sum(dim=0), value=-1).mul_(inverse0)
             if ctx.needs_input_grad[1]:
-                grad1 = torch.mm(unit0, grad_logits)
-                grad1.sub_(unit1 * (grad1 * unit1).sum(dim=0)).mul_(inverse1)
+                grad1 = torch.addmm(inverse1, unit0, grad_logits, beta=0, alpha=scale)
+                grad1.addcmul_(unit1, (grad1 * unit1).sum(dim=0), value=-1).mul_(inverse1)
         return grad0, grad1, None, None, None, None, None
 
 
@@ -158,20 +157,23 @@ class _BalanceGap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, assignments: Tensor, formula: Callable[[Tensor], Tensor]) -> Tensor:
         mass = assignments.sum(dim=0)
-        total = threshold(mass.sum(), SMALLEST_MASS, torch.inf)
+        total = torch.threshold(mass.sum(), SMALLEST_MASS, torch.inf)
         share = mass / total
-        ratio = (share * share.shape[0]).add_(SMALLEST_RATIO)
+        clusters = share.shape[0]
+        # K ŝ: adding a multiple is one kernel, multiplying by a number makes a tensor of it first.
+        ratio = torch.add(share, share, alpha=clusters - 1).clamp_min_(SMALLEST_RATIO)
         log = ratio.log()
-        ctx.save_for_backward(assignments, total, share, ratio, log)
-        ctx.formula = formula
+        if ctx.needs_input_grad[0]:
+            slope = torch.addcdiv(log, share, ratio, value=clusters)
+            slope = slope.sub_(torch.dot(slope, share)).div_(total)
+            ctx.save_for_backward(assignments, slope)
+            ctx.formula = formula
         return torch.dot(share, log).clamp_min_(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        assignments, total, share, ratio, log = ctx.saved_tensors
+        assignments, slope = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiate(ctx, ctx.formula, grad, assignments), None
-        slope = torch.addcdiv(log, share, ratio, value=share.shape[0])
         # Not in place: with batched gradients `grad` has a dimension more than `slope`.
-        slope = slope.sub_(torch.dot(slope, share)) * (grad / total)
-        return slope.expand_as(assignments), None
+        return (slope * grad).expand_as(assignments), None

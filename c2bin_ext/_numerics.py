@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
 
 # Squared norms up to this count as zero: the cube of the inverse norm, which the derivative takes,
 # must stay inside float32.
@@ -47,9 +46,11 @@ def smallest_square(dtype: torch.dtype) -> float:
     Float16 holds gradients of 1 / norm up to 65504 alone. A vector shorter than its smallest
     normal number, which has few bits of direction left anyway, would send an infinity back.
     """
+    if dtype is torch.float32:
+        return SMALLEST_SQUARE
     return max(SMALLEST_SQUARE, torch.finfo(dtype).tiny ** 2)
 
 
 def inverse_norm(squares: Tensor, floor: float = SMALLEST_SQUARE) -> Tensor:
     """Return 1/sqrt of squared norms, and 0, with gradient 0, where they are at most `floor`."""
-    return threshold(squares, floor, math.inf).rsqrt()
+    return torch.threshold(squares, floor, math.inf).rsqrt()

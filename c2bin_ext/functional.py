@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softmax, threshold
+from torch.nn.functional import softmax
 
 from c2bin_ext import _checks, _fused
 from c2bin_ext._numerics import (
@@ -670,7 +670,10 @@ def _contrast_sums(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> l
     if options.similarity == "dot":
         return [gram]
     squares = (view0 * view0).sum(dim=0), (view1 * view1).sum(dim=0)
-    return [gram, *(threshold(s, floor, 0.0) for s, floor in zip(squares, floors, strict=True))]
+    return [
+        gram,
+        *(torch.threshold(s, floor, 0.0) for s, floor in zip(squares, floors, strict=True)),
+    ]
 
 
 def _contrast_from_sums(sums: Iterator[Tensor], options: _ContrastOptions) -> Tensor:
@@ -717,10 +720,10 @@ def _local_contrast(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> 
 def _balance_gap(mass: Tensor) -> Tensor:
     """Eq. 5 as log K - H(ŝ), from the masses of the clusters."""
     # Without any mass, shares and gradient are 0.
-    share = mass / threshold(mass.sum(), SMALLEST_MASS, torch.inf)
+    share = mass / torch.threshold(mass.sum(), SMALLEST_MASS, torch.inf)
     # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
     ratio = share * share.shape[0]
-    gap = (share * (ratio + SMALLEST_RATIO).log()).sum()
+    gap = (share * ratio.clamp_min(SMALLEST_RATIO).log()).sum()
     # Rounding can leave it a little below 0; the derivatives there are those of the formula.
     return gap + (-gap).clamp_min(0).detach()
 
@@ -737,7 +740,7 @@ def _local_balance_gap(assignments: Tensor) -> Tensor:
 def _unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     # Dividing by the largest entry first keeps squares inside the range of the dtype.
     largest = rows.detach().abs().amax(dim=1, keepdim=True)
-    rows = rows * threshold(largest, torch.finfo(dtype).tiny, torch.inf).reciprocal()
+    rows = rows * torch.threshold(largest, torch.finfo(dtype).tiny, torch.inf).reciprocal()
     return rows * inverse_norm((rows * rows).sum(dim=1, keepdim=True))
 
 
