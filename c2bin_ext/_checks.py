@@ -24,13 +24,18 @@ REDUCTIONS = ("mean", "sum")
 
 def finite_number(name: str, value: float, *, above: float | None = None) -> float:
     """Return `value` as a float; it must be finite and >= 0, or > `above` where that is given."""
-    wanted = f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected {_finite(above)}, got {value!r} of type {type(value).__name__}"
+        )
     # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
     if not (value >= 0 if above is None else value > above) or value > _LARGEST:
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+        raise ValueError(f"{name}: expected {_finite(above)}, got {value!r}")
     return float(value)
+
+
+def _finite(above: float | None) -> str:
+    return f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
 
 
 def flag(name: str, value: bool) -> bool:
@@ -91,10 +96,11 @@ def matrix(name: str, tensor: Tensor, axes: str, *, min_columns: int = 1) -> Non
         raise TypeError(f"{name}: expected a floating-point tensor, got dtype {tensor.dtype}")
     if tensor.ndim != 2:
         raise ValueError(f"{name}: expected shape {axes}, got shape {tuple(tensor.shape)}")
-    if tensor.shape[0] < 1 or tensor.shape[1] < min_columns:
-        columns = axes.strip("()").split(", ")[1]
+    rows, columns = tensor.shape
+    if rows < 1 or columns < min_columns:
+        letter = axes.strip("()").split(", ")[1]
         raise ValueError(
-            f"{name}: expected shape {axes} with n >= 1 and {columns} >= {min_columns}, "
+            f"{name}: expected shape {axes} with n >= 1 and {letter} >= {min_columns}, "
             f"got shape {tuple(tensor.shape)}"
         )
 
