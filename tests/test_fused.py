@@ -57,8 +57,11 @@ def test_contrast_is_the_formula(options: dict[str, Any], formulas: pytest.Monke
         torch.testing.assert_close(found, expected_grads)
 
 
-def test_balance_is_the_formula(formulas: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("empty", [False, True])
+def test_balance_is_the_formula(empty: bool, formulas: pytest.MonkeyPatch) -> None:
     first, _ = views()
+    if empty:
+        first = first.detach().index_fill(1, torch.tensor([2]), 0.0).requires_grad_()
     expected = functional.cluster_entropy_regularizer(first)
     (expected_grad,) = gradients(3 * expected, first)
     formulas.undo()
