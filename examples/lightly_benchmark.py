@@ -35,6 +35,7 @@ from typing import Any
 import c2bin_lightly
 import torch
 import torchvision
+from c2bin_lightly.benchmark import TABLE_7
 from lightly.data import LightlyDataset
 from lightly.transforms import SimCLRTransform
 from lightly.utils.benchmarking import LinearClassifier, MetricCallback
@@ -334,7 +335,11 @@ def main(argv: list[str] | None = None) -> int:
         if name not in ("out", "methods", "num_workers")
     }
     # With all defaults: when they change, results are others.
-    settings["objective"] = f"against the follower, {C2BINLoss.recommended()!r}"
+    settings["objective"] = (
+        f"against the runner, {C2BINLoss(**TABLE_7)!r}"
+        if args.lightly
+        else f"against the follower, {C2BINLoss.recommended()!r}"
+    )
     versions = {n: version(n) for n in ("torch", "torchvision", "lightly", "pytorch-lightning")}
     stored = args.out / "settings.json"
     if stored.exists():
