@@ -54,3 +54,14 @@ def smallest_square(dtype: torch.dtype) -> float:
 def inverse_norm(squares: Tensor, floor: float = SMALLEST_SQUARE) -> Tensor:
     """Return 1/sqrt of squared norms, and 0, with gradient 0, where they are at most `floor`."""
     return torch.threshold(squares, floor, math.inf).rsqrt()
+
+
+def unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows at length 1, and 0, with gradient 0, where all entries are tiny in `dtype`.
+
+    `dtype` is that of the rows before they were widened.
+    """
+    # Dividing by the largest entry first keeps squares inside the range of the dtype.
+    largest = rows.detach().abs().amax(dim=1, keepdim=True)
+    rows = rows * torch.threshold(largest, torch.finfo(dtype).tiny, math.inf).reciprocal()
+    return rows * inverse_norm((rows * rows).sum(dim=1, keepdim=True))

@@ -34,6 +34,7 @@ from c2bin_ext._numerics import (
     at_least_float32,
     inverse_norm,
     smallest_square,
+    unit_rows,
     without_autocast,
 )
 from c2bin_ext.distributed import sum_over_ranks, world_size
@@ -737,15 +738,8 @@ def _local_balance_gap(assignments: Tensor) -> Tensor:
     return formula(assignments)
 
 
-def _unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    # Dividing by the largest entry first keeps squares inside the range of the dtype.
-    largest = rows.detach().abs().amax(dim=1, keepdim=True)
-    rows = rows * torch.threshold(largest, torch.finfo(dtype).tiny, torch.inf).reciprocal()
-    return rows * inverse_norm((rows * rows).sum(dim=1, keepdim=True))
-
-
 def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
     """Sum of the cosines of Eq. 1 over instances."""
     dtypes = prediction.dtype, target.dtype
     prediction, target = at_least_float32(prediction, target.detach())
-    return (_unit_rows(prediction, dtypes[0]) * _unit_rows(target, dtypes[1])).sum()
+    return (unit_rows(prediction, dtypes[0]) * unit_rows(target, dtypes[1])).sum()

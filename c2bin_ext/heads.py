@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from c2bin_ext import _checks, functional
-from c2bin_ext._numerics import at_least_float32, without_autocast
+from c2bin_ext._numerics import at_least_float32, unit_rows, without_autocast
 
 __all__ = ["MultiScaleClusterHead"]
 
@@ -24,6 +24,9 @@ class MultiScaleClusterHead(nn.Module):
         in_features: size d of the runner's backbone features (before any projector).
         num_clusters: K of each head, in the order of the outputs.
         bias: whether the linear map has a bias.
+        normalize: scale every image's features to the length √d first, `√d r / ‖r‖` in place of
+            `r`, so that none counts for more by its length: see the Decisions page. A vector that
+            is zero stays zero.
 
     Returns:
         Called with `features` (n, d): a tuple with one (n, K) tensor per head, rows sum to 1,
@@ -49,10 +52,12 @@ class MultiScaleClusterHead(nn.Module):
         in_features: int,
         num_clusters: Sequence[int] = (32, 64, 128),
         bias: bool = True,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = _checks.whole_number("in_features", in_features, 1)
         self.num_clusters = _checks.cluster_counts(num_clusters)
+        self.normalize = _checks.flag("normalize", normalize)
         self.linear = nn.Linear(
             in_features, sum(self.num_clusters), bias=_checks.flag("bias", bias)
         )
@@ -87,7 +92,8 @@ class MultiScaleClusterHead(nn.Module):
         return torch.split(self._scores(features), list(self.num_clusters), dim=1)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_clusters={self.num_clusters}"
+        options = ", normalize=True" if self.normalize else ""
+        return f"in_features={self.in_features}, num_clusters={self.num_clusters}{options}"
 
     def _scores(self, features: Tensor) -> Tensor:
         _checks.matrix("features", features, "(n, d)")
@@ -99,7 +105,10 @@ class MultiScaleClusterHead(nn.Module):
             )
         _checks.same_device("features", features, "the head's weight", weight)
         parameters = [weight] if bias is None else [weight, bias]
+        dtype = features.dtype
         features, *wide = at_least_float32(features, *parameters)
+        if self.normalize:
+            features = unit_rows(features, dtype) * self.in_features**0.5
         with without_autocast(features):
             if wide[0].dtype == weight.dtype:
                 # Through the module, so that hooks, pruning and wrappers of it take part.

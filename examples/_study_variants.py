@@ -1,4 +1,4 @@
-"""C2BIN with what the paper does not say and the library does not offer: to be measured."""
+"""C2BIN with what the paper does not say: to be measured."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ class NormalizedHead(MultiScaleClusterHead):
     def __init__(
         self, in_features: int, num_clusters: Sequence[int], how: Literal["length", "batch"]
     ) -> None:
-        super().__init__(in_features, num_clusters)
+        super().__init__(in_features, num_clusters, normalize=how == "length")
         self.norm = nn.BatchNorm1d(in_features, affine=False) if how == "batch" else None
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """Return each head's soft assignments (n, K) of features (n, d)."""
         if self.norm is not None:
             features = self.norm(features)
-        else:
-            features = nn.functional.normalize(features) * features.shape[1] ** 0.5
         assignments: tuple[Tensor, ...] = super().forward(features)
         return assignments
 

@@ -27,6 +27,7 @@ def test_signature() -> None:
         ("in_features", inspect.Parameter.empty),
         ("num_clusters", (32, 64, 128)),
         ("bias", True),
+        ("normalize", False),
     ]
 
 
@@ -96,6 +97,49 @@ def test_agrees_with_the_functional_form() -> None:
     expected = functional.cluster_assignments(head.linear(features), (2, 5, 3))
     for got, wanted in zip(head(features), expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+class TestNormalize:
+    def test_is_the_plain_head_on_features_of_length_sqrt_d(self) -> None:
+        plain, head = head_of((2, 5)).double(), head_of((2, 5), normalize=True).double()
+        assert "normalize=True" in repr(head)
+        assert "normalize" not in repr(plain)
+        features = random_embeddings(4, 6)
+        lengths = [sum(x * x for x in row) ** 0.5 for row in rows(features)]
+        scaled = torch.tensor(
+            [
+                [x * 6**0.5 / length for x in row]
+                for row, length in zip(rows(features), lengths, strict=True)
+            ],
+            dtype=torch.float64,
+        )
+        torch.testing.assert_close(head(features), plain(scaled))
+        torch.testing.assert_close(head.logits(features), plain.logits(scaled))
+
+    @pytest.mark.parametrize("factor", [1e-30, 0.5, 1e30])
+    def test_length_does_not_count(self, factor: float) -> None:
+        head, features = head_of((2, 5), normalize=True), torch.randn(4, 6)
+        torch.testing.assert_close(head(factor * features), head(features))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_zero_stays_zero_without_gradient(self, dtype: torch.dtype) -> None:
+        head = head_of((2, 5), normalize=True)
+        features = torch.zeros(3, 6, dtype=dtype, requires_grad=True)
+        scores = head.logits(features)[1]
+        torch.testing.assert_close(scores[0], head.linear.bias[2:])
+        scores.square().sum().backward()
+        assert features.grad is not None
+        assert torch.equal(features.grad, torch.zeros_like(features))
+
+    def test_gradient(self) -> None:
+        head = head_of((2, 5), normalize=True).double()
+        features = random_embeddings(4, 6).requires_grad_()
+        assert torch.autograd.gradcheck(head, features)
+
+    @pytest.mark.parametrize("wrong", [1, "yes", None])
+    def test_type(self, wrong: Any, complains: Any) -> None:
+        with complains(TypeError, "normalize", ("True or False",)):
+            MultiScaleClusterHead(6, normalize=wrong)
 
 
 def test_instances_do_not_influence_each_other() -> None:

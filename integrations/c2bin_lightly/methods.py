@@ -434,6 +434,7 @@ class C2BIN(BYOL):
             to (n, feature_dim).
         feature_dim: Length of one feature vector.
         num_clusters: K of each head.
+        normalize: Scale features to one length for the heads, see `MultiScaleClusterHead`.
         loss: The objective, for options other than those of `C2BINLoss.recommended`. It is not
             stored in checkpoints: give it again, like `backbone`, to `load_from_checkpoint`.
         against: What a view's assignments are contrasted with: those of the other view from the
@@ -456,6 +457,7 @@ class C2BIN(BYOL):
         feature_dim: int,
         *,
         num_clusters: Sequence[int] = (32, 64, 128),
+        normalize: bool = False,
         loss: C2BINLoss | None = None,
         against: Literal["runner", "follower"] = "follower",
         **byol: Any,
@@ -464,7 +466,7 @@ class C2BIN(BYOL):
         if against not in ("runner", "follower"):
             raise ValueError(f"against must be 'runner' or 'follower', got {against!r}")
         self.against = against
-        self.cluster_head = MultiScaleClusterHead(feature_dim, num_clusters)
+        self.cluster_head = MultiScaleClusterHead(feature_dim, num_clusters, normalize=normalize)
         self.criterion = C2BINLoss.recommended() if loss is None else loss
         if against == "follower" and getattr(self.criterion, "running", None) is not None:
             raise ValueError(

@@ -317,6 +317,19 @@ class TestC2BIN:
         )
         torch.testing.assert_close(c2bin.assignments(view0)[0], expected.softmax(dim=1))
 
+    def test_normalize_reaches_the_heads_and_the_checkpoint(self) -> None:
+        model = build(C2BIN, normalize=True)
+        assert model.hparams["normalize"] is True
+        view = torch.rand(8, 3, 4, 4)
+        features = model(view)
+        scaled = features / features.norm(dim=1, keepdim=True) * features.shape[1] ** 0.5
+        plain = build(C2BIN)
+        plain.load_state_dict(model.state_dict())
+        for found, expected in zip(
+            model.assignments(view), plain.cluster_head(scaled), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+
     def test_logs_the_parts_and_the_effective_clusters(self) -> None:
         model = build(C2BIN)
         fitted = trainer()

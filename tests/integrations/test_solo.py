@@ -202,11 +202,13 @@ class TestOptions:
 
     def test_options_reach_the_modules(self) -> None:
         options = {"temperature": 0.7, "similarity": "dot", "reduction": "sum", "bias": False}
+        options["normalize"] = True
         model = build(method_kwargs={**KWARGS, **options})
         assert model.loss_function.temperature == 0.7
         assert model.loss_function.similarity == "dot"
         assert model.loss_function.reduction == "sum"
         assert model.cluster_head.linear.bias is None
+        assert model.cluster_head.normalize
         assert model.cluster_head.num_clusters == (3, 5)
 
     def test_running_statistics_are_in_the_checkpoint(self) -> None:
