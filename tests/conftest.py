@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script, where a shell has Ctrl-C ignored: programs that tests
+    # start and interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if importlib.util.find_spec("solo") is not None:
     # solo-learn, timm and torchmetrics warn while they are imported, and warnings are errors here.
