@@ -27,6 +27,30 @@ EVALUATION_BATCH = 512
 CURVE_POINTS, CURVE_TRAIN, CURVE_TEST = 12, 2000, 1000
 
 
+def loader_of(
+    views: Dataset[Any],
+    sampler: EpochSampler,
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    context: str | None = None,
+) -> DataLoader[Any]:
+    """Return the loader that trains: whole batches of views, workers that stay and read ahead."""
+    return DataLoader(
+        views,
+        sampler=sampler,
+        batch_size=batch_size,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context=context,
+        worker_init_fn=ignore_interrupt,
+    )
+
+
 def features_of(net: nn.Module, images: Tensor, labels: Tensor) -> evaluate.Features:
     """Return a backbone's features of uint8 images (n, 3, S, S), without augmentation."""
     batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
@@ -195,18 +219,14 @@ def fit(
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     resumes = checkpoint.exists()
     start = torch.load(checkpoint, weights_only=True)["epoch"] + 1 if resumes else 0
-    loader = DataLoader(
+    loader = loader_of(
         views,
-        sampler=EpochSampler(len(images.train), batch_size, seed, rank, devices, start),
+        EpochSampler(len(images.train), batch_size, seed, rank, devices, start),
         batch_size=batch_size // devices,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        workers=workers,
         pin_memory=accelerator == "gpu",
-        prefetch_factor=4 if workers else None,
         # A fork beside the threads of a process group can inherit a lock that nobody gives back.
-        multiprocessing_context="spawn" if workers and devices > 1 else None,
-        worker_init_fn=ignore_interrupt,
+        context="spawn" if workers and devices > 1 else None,
     )
     try:
         trainer.fit(model, loader, ckpt_path=checkpoint if resumes else None)

@@ -20,7 +20,7 @@ import torch
 from _demo_options import exit_code
 from _demo_report import markdown
 from _demo_training import features_of, fit
-from _study_runs import Bench, about, hush, parse, parser_of, sentence
+from _study_runs import Bench, about, hush, objective, parse, parser_of, sentence
 from c2bin_lightly import C2BIN, evaluate
 from c2bin_lightly.backbones import backbone
 from c2bin_lightly.methods import Branches
@@ -28,7 +28,6 @@ from demo import BOOTSTRAP, LR_PER_IMAGE, OPTIMIZATION, write
 from torch import Tensor
 from tqdm import tqdm
 
-from c2bin_ext import C2BINLoss
 from c2bin_ext.functional import cluster_entropy_regularizer
 
 # How often a batch is looked at.
@@ -118,10 +117,8 @@ def watch(bench: Bench, form: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     net, features = backbone(args.backbone, images.size)
-    options = dict(FORMS[form])
-    build = C2BINLoss.paper if options.pop("formulas", "") == "printed" else C2BINLoss
     lr = LR_PER_IMAGE * args.batch_size
-    loss = build(**options)
+    loss = objective(FORMS[form])
     model = WatchedC2BIN(
         net, features, lr=lr, loss=loss, against="runner", **OPTIMIZATION, **BOOTSTRAP
     )

@@ -28,11 +28,12 @@ import torch
 from _hardware import processor
 from step_cost import lightly_steps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _demo_data import EpochSampler, Images, StoredViews, Views, view_transform
+from _demo_training import loader_of
 
 SIZE = 32
 Batch = tuple[tuple[Tensor, Tensor], Tensor]
@@ -56,17 +57,11 @@ def random_images(n: int) -> Images:
 
 
 def batches(views: Dataset[Any], n: int, batch_size: int, workers: int) -> Iterator[Batch]:
-    """Yield batches without end, as the demo's training does."""
+    """Yield batches without end, from the loader of the demo's training."""
     sampler = EpochSampler(n, batch_size, seed=0)
-    loader: DataLoader[Any] = DataLoader(
-        views,
-        sampler=sampler,
-        batch_size=batch_size,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
+    pin_memory = torch.cuda.is_available()
+    loader = loader_of(
+        views, sampler, batch_size=batch_size, workers=workers, pin_memory=pin_memory
     )
     for epoch in count():
         sampler.set_epoch(epoch)
