@@ -90,7 +90,7 @@ def settings_of(
     if trial.method == "mocov2":
         options["queue_size"] = queue_size(len(images.train))
     if trial.method == "c2bin":
-        options |= {"num_clusters": [32, 64, 128], "against": "follower"}
+        options |= {"num_clusters": [32, 64, 128], "normalize": True, "against": "follower"}
     options |= trial.options
     options["lr"] *= args.batch_size / 128
     names = ("dataset", "backbone", "batch_size", "accelerator", "precision")
@@ -101,6 +101,8 @@ def settings_of(
         settings["objective"] = " ".join(repr(objective(trial.loss)).split())
     settings |= {"epochs": epochs, "seed": seed, "stored_views": args.workers == 0}
     settings |= {"images": [len(images.train), len(images.test)], "pixels": pixels}
+    if args.curves:
+        settings["curves"] = True
     return settings | {name: versions()[name] for name in ("torch", "lightly", "c2bin_ext")}
 
 
@@ -150,7 +152,7 @@ def run(
         precision=args.precision,
         workers=args.workers,
         views=None if views is None else StoredViews(views, made, settings["epochs"], images.size),
-        scored=False,
+        scored=args.curves,
     )
     model.eval()
     train = features_of(model.backbone, images.train, images.train_labels)
@@ -285,7 +287,7 @@ def parser_of(doc: str, out: str) -> argparse.ArgumentParser:
         help="runs side by side (default: 1); on CPUs, the cores",
     )
     parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
-    parser.set_defaults(validation=0)
+    parser.set_defaults(validation=0, curves=False)
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from c2bin_lightly import C2BIN
@@ -15,20 +15,16 @@ from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regulariz
 Views = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-class NormalizedHead(MultiScaleClusterHead):
-    """Cluster heads on features of one scale: of equal length, or standardised over the batch."""
+class StandardizedHead(MultiScaleClusterHead):
+    """Cluster heads on features that are standardised over the batch."""
 
-    def __init__(
-        self, in_features: int, num_clusters: Sequence[int], how: Literal["length", "batch"]
-    ) -> None:
-        super().__init__(in_features, num_clusters, normalize=how == "length")
-        self.norm = nn.BatchNorm1d(in_features, affine=False) if how == "batch" else None
+    def __init__(self, in_features: int, num_clusters: Sequence[int]) -> None:
+        super().__init__(in_features, num_clusters)
+        self.norm = nn.BatchNorm1d(in_features, affine=False)
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """Return each head's soft assignments (n, K) of features (n, d)."""
-        if self.norm is not None:
-            features = self.norm(features)
-        assignments: tuple[Tensor, ...] = super().forward(features)
+        assignments: tuple[Tensor, ...] = super().forward(self.norm(features))
         return assignments
 
 
@@ -70,8 +66,7 @@ class VariedC2BIN(C2BIN):
     Args:
         backbone: As in `C2BIN`.
         feature_dim: As in `C2BIN`.
-        head_input: What the heads see: features as they are, of equal `"length"`, or standardised
-            over the `"batch"`.
+        standardize: Standardise features over the batch for the heads, in place of `normalize`.
         warmup: Part of the run in which the cluster weight rises from 0.
         queue: Past images whose assignments stand beside the batch's in the cluster terms.
         **c2bin: See `C2BIN`.
@@ -82,7 +77,7 @@ class VariedC2BIN(C2BIN):
         backbone: nn.Module,
         feature_dim: int,
         *,
-        head_input: Literal["plain", "length", "batch"] = "plain",
+        standardize: bool = False,
         warmup: float = 0.0,
         queue: int = 0,
         **c2bin: Any,
@@ -91,8 +86,8 @@ class VariedC2BIN(C2BIN):
         if queue and self.against == "follower":
             raise ValueError("queue: expected 0 against the follower, whose rows it does not keep")
         clusters = self.cluster_head.num_clusters
-        if head_input != "plain":
-            self.cluster_head = NormalizedHead(feature_dim, clusters, head_input)
+        if standardize:
+            self.cluster_head = StandardizedHead(feature_dim, clusters)
         self.warmup = warmup
         self.cluster_weight = self.criterion.cluster_weight
         if queue:
@@ -141,4 +136,4 @@ class Queued(nn.Module):
         return own._replace(loss=total, contrast=contrast, entropy=entropy)
 
 
-VARIATIONS = ("head_input", "warmup", "queue")
+VARIATIONS = ("standardize", "warmup", "queue")

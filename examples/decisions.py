@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from _demo_options import exit_code
+from _demo_pictures import curves
 from _demo_report import markdown
 from _study_runs import (
     HEAD,
@@ -30,18 +31,20 @@ from _study_runs import (
     recorded,
     sentence,
 )
-from demo import write
+from demo import METHODS, write
 
 Choice = tuple[dict[str, Any], dict[str, Any]]  # options of the method, and of its loss
 BYOL = "BYOL, no cluster terms"
 DEFAULT: Choice = ({}, {})
 PAPERS = "the paper's weights"
 # The wiring of the paper with the temperature and the cluster weight of its Table 5.
-ONCE: Choice = ({"against": "runner"}, {"temperature": 0.5, "cluster_weight": 2.0})
-# What decided the defaults: the choices that moved most when they were changed one at a time.
+WIRING = {"against": "runner", "normalize": False}
+ONCE: Choice = (WIRING, {"temperature": 0.5, "cluster_weight": 2.0})
+# What decided the defaults: the choices that moved most when they were changed one at a time, on
+# features as they are; features of one length came after.
 TOGETHER: dict[str, Choice] = {
     f"{against}, temperature {temperature}, weight {weight}": (
-        {"against": against},
+        {"against": against, "normalize": False},
         {"temperature": temperature, "cluster_weight": weight},
     )
     for against in ("runner", "follower")
@@ -66,10 +69,10 @@ ONE_AT_A_TIME: dict[str, Choice] = {
     "entropy summed": ({}, {"reduction": "sum"}),
     "heads of 10, 20, 40": ({"num_clusters": [10, 20, 40]}, {}),
     "cluster weight warmed up": ({"warmup": 0.25}, {}),
-    "features of equal length": ({"head_input": "length"}, {}),
-    "features standardised": ({"head_input": "batch"}, {}),
+    "features as they are": ({"normalize": False}, {}),
+    "features standardised": ({"normalize": False, "standardize": True}, {}),
     "momentum to 1": ({"follower_schedule": "cosine"}, {}),
-    "as printed": ({"against": "runner"}, {"formulas": "printed"}),
+    "as printed": (WIRING, {"formulas": "printed"}),
 }
 MANY_CLUSTERS: dict[str, Choice] = {
     "default": DEFAULT,
@@ -99,7 +102,9 @@ def trial(choice: Choice, clusters: list[int]) -> Trial:
 def run(args: Any) -> None:
     """Run every choice; write the table, and every number with settings and versions."""
     bench = Bench(args, args.epochs)
-    trials = {BYOL: Trial("byol")}
+    trials = {
+        BYOL if method == "byol" else METHODS[method][0]: Trial(method) for method in args.baselines
+    }
     trials |= {
         name: trial(choice, args.num_clusters)
         for name, choice in TABLES[args.table].items()
@@ -118,6 +123,9 @@ def run(args: Any) -> None:
     name = args.name or args.table
     write(args.out / f"{name}.json", json.dumps(record, indent=1) + "\n")
     write(args.out / f"{name}.md", text + "\n")
+    if args.curves:
+        drawn = {"C2BIN" if row == "default" else row: runs[0] for row, runs in found.items()}
+        curves(args.out / f"{name}.png", {row: result["curve"] for row, result in drawn.items()})
     print(f"\n{text}\n\nWritten to {args.out}")
 
 
@@ -130,7 +138,19 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument_group("choices").add_argument
     add("--epochs", type=int, default=15, help="of every run (default: 15)")
     add("--num-clusters", type=int, nargs="+", default=[32, 64, 128], metavar="K")
-    add("--only", nargs="+", metavar="ROW", help="rows of the table, by name; BYOL is always there")
+    add("--only", nargs="+", metavar="ROW", help="rows of the table, by name (default: all)")
+    add(
+        "--baselines",
+        nargs="+",
+        choices=[method for method in METHODS if method != "c2bin"],
+        default=["byol"],
+        help="methods beside them, as in the demo (default: byol)",
+    )
+    add(
+        "--curves",
+        action="store_true",
+        help="also draw kNN and losses while training, of the first seed, to NAME.png",
+    )
     add("--name", help="of the files (default: the table's)")
     add(
         "--validation",

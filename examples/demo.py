@@ -105,6 +105,7 @@ class Run:
             more["num_clusters"] = tuple(self.args.num_clusters)
             more["loss"] = C2BINLoss.recommended(**self.args.loss)
             more["against"] = self.args.against
+            more["normalize"] = self.args.normalize
         lr = LR_PER_IMAGE * self.args.batch_size
         return kind(net, features, lr=lr, **OPTIMIZATION, **options, **more)
 
@@ -308,6 +309,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="whose clusters C2BIN's are contrasted with (default: follower; the paper's: runner)",
     )
     add(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="features of one length for C2BIN's heads (default: yes; the paper's: no)",
+    )
+    add(
         "--seeds",
         type=int,
         nargs="+",
@@ -370,8 +377,8 @@ def option_of(text: str) -> tuple[str, Any]:
 
 def settings_of(args: argparse.Namespace, images: Images) -> dict[str, Any]:
     """Return all that decides a method's numbers; methods and seeds can be added to an --out."""
-    names = ("dataset", "backbone", "epochs", "batch_size", "num_clusters", "loss", "against")
-    shared = ("accelerator", "devices", "precision")
+    names = ("dataset", "backbone", "epochs", "batch_size", "num_clusters", "loss")
+    shared = ("against", "normalize", "accelerator", "devices", "precision")
     settings = {name: getattr(args, name) for name in (*names, *shared)}
     settings |= {"source": images.source, "image_size": images.size}
     settings |= {"images": [len(images.train), len(images.test)], "pixels": images.fingerprint()}

@@ -120,7 +120,14 @@ def watch(bench: Bench, form: str) -> dict[str, Any]:
     lr = LR_PER_IMAGE * args.batch_size
     loss = objective(FORMS[form])
     model = WatchedC2BIN(
-        net, features, lr=lr, loss=loss, against="runner", **OPTIMIZATION, **BOOTSTRAP
+        net,
+        features,
+        lr=lr,
+        loss=loss,
+        against="runner",
+        normalize=False,
+        **OPTIMIZATION,
+        **BOOTSTRAP,
     )
     with tqdm(total=args.epochs, desc=form, unit="epoch", disable=None) as overall:
         fit(

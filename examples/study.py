@@ -60,6 +60,7 @@ SPACES: dict[str, dict[str, list[Any]]] = {
         "hidden_dim": [512, 1024],
         "num_clusters": [[10, 20, 40], [32, 64, 128], [64, 128, 256]],
         "against": ["runner", "follower"],
+        "normalize": [False, True],
     },
 }
 LOSS: dict[str, list[Any]] = {

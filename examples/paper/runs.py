@@ -160,7 +160,7 @@ class Lab:
         epochs = budget.clustering_epochs if spec.clustering else budget.epochs
         loss: dict[str, Any] = {}
         if spec.method == "c2bin":
-            options |= {"num_clusters": spec.clusters, "against": "runner"}
+            options |= {"num_clusters": spec.clusters, "against": "runner", "normalize": False}
             loss = {"cluster_weight": 2.0, "entropy_weight": 1.0, "temperature": 0.5}  # Table 5
             if spec.clustering:  # Table 10
                 loss = {"cluster_weight": 1.0, "entropy_weight": 1.0, "temperature": 1.0}

@@ -53,6 +53,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="whose clusters C2BIN's are contrasted with (default: runner, as in the paper)",
     )
     parser.add_argument(
+        "--normalize",
+        action="store_true",
+        help="features of one length for the heads (default: as they are, as in the paper)",
+    )
+    parser.add_argument(
         "--no-online-knn",
         action="store_true",
         help="no kNN after every epoch, which costs C2BIN a pass over the training images",
@@ -118,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     given = {"num_clusters": args.num_clusters, "against": args.against}
     options = {name: value for name, value in given.items() if value is not None}
+    options["normalize"] = args.normalize
     register(script.METHODS, online_knn=not args.no_online_knn, **options)
     with quiet_nested_knn():
         script.main(**vars(script.parser.parse_args(args.arguments)))

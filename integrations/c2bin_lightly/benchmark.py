@@ -64,7 +64,7 @@ class C2BINResNet50(C2BIN):
         knn_t: Temperature of the online kNN.
         num_clusters: K of each head.
         loss: The objective, if not that of Table 7. It is not stored in checkpoints.
-        against: As in `C2BIN`; by default as in the paper, like the rest of Table 7.
+        normalize, against: As in `C2BIN`; by default as in the paper, like the rest of Table 7.
 
     Raises:
         ValueError: One of knn_k and knn_t without the other.
@@ -86,6 +86,7 @@ class C2BINResNet50(C2BIN):
         *,
         # Table 7. At its batch of 256 the largest head has more clusters than the batch has images.
         num_clusters: Sequence[int] = (512, 1024, 2048),
+        normalize: bool = False,
         loss: C2BINLoss | None = None,
         against: Literal["runner", "follower"] = "runner",
     ) -> None:
@@ -99,6 +100,7 @@ class C2BINResNet50(C2BIN):
             backbone,
             2048,
             num_clusters=num_clusters,
+            normalize=normalize,
             loss=C2BINLoss(**TABLE_7) if loss is None else loss,
             against=against,
             # Table 7 and lightly's BYOL alike.
@@ -204,7 +206,7 @@ def register(
         online_knn: Take the `knn_k` and `knn_t` that the script offers, and have its kNN after
             every epoch. That costs a pass over the training images; lightly's SimCLR pays it too,
             its BYOL and MoCo v2 do not.
-        **options: Of `C2BINResNet50`: `num_clusters`, `loss`, `against`.
+        **options: Of `C2BINResNet50`: `num_clusters`, `normalize`, `loss`, `against`.
 
     Raises:
         TypeError: An unknown option.
@@ -216,7 +218,7 @@ def register(
         >>> sorted(METHODS["c2bin"])
         ['model', 'transform']
     """
-    known = ["against", "loss", "num_clusters"]
+    known = ["against", "loss", "normalize", "num_clusters"]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"register got unknown options {unknown}; known: {known}")

@@ -434,7 +434,8 @@ class C2BIN(BYOL):
             to (n, feature_dim).
         feature_dim: Length of one feature vector.
         num_clusters: K of each head.
-        normalize: Scale features to one length for the heads, see `MultiScaleClusterHead`.
+        normalize: Scale features to one length for the heads, see `MultiScaleClusterHead`, which
+            trains better; not in the paper.
         loss: The objective, for options other than those of `C2BINLoss.recommended`. It is not
             stored in checkpoints: give it again, like `backbone`, to `load_from_checkpoint`.
         against: What a view's assignments are contrasted with: those of the other view from the
@@ -457,7 +458,7 @@ class C2BIN(BYOL):
         feature_dim: int,
         *,
         num_clusters: Sequence[int] = (32, 64, 128),
-        normalize: bool = False,
+        normalize: bool = True,
         loss: C2BINLoss | None = None,
         against: Literal["runner", "follower"] = "follower",
         **byol: Any,

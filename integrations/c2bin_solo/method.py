@@ -35,7 +35,7 @@ _HEAD = {
     name: p.default
     for name, p in inspect.signature(MultiScaleClusterHead).parameters.items()
     if name != "in_features"
-}
+} | {"normalize": True}
 _AGAINST = ("follower", "runner")
 _CHECKPOINT_KEY = "c2bin_method_kwargs"
 
@@ -76,7 +76,8 @@ class C2BIN(BYOL):  # type: ignore[misc]
     Args:
         cfg: Of solo-learn, with a section `momentum` and in `method_kwargs`, all optional, the
             arguments of `C2BINLoss`, by default those of `C2BINLoss.recommended`;
-            `num_clusters`, `bias` and `normalize` of `MultiScaleClusterHead`; and
+            `num_clusters`, `bias` and `normalize` of `MultiScaleClusterHead`, the last by default
+            on, which trains better and is not in the paper; and
             `proj_hidden_dim`, `proj_output_dim` and `pred_hidden_dim` of BYOL, 512 each.
             `gather_distributed` is on unless set otherwise. `against`: contrast the runner's
             clusters of a view with those of the other view from the `"follower"`, without gradient,

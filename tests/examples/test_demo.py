@@ -121,6 +121,22 @@ class TestSmoke:
         trained = weights(out / "seed0" / "byol" / "last.ckpt")["state_dict"]["backbone.0.weight"]
         assert not torch.equal(trained, states[0]["0.weight"])
 
+    def test_the_wiring_of_the_paper_reaches_the_model(self) -> None:
+        import demo
+
+        images = demo.load(None, "digits", Path("data"), None, False, {"train": 320, "test": 100})
+        papers = ["--against", "runner", "--no-normalize", "--loss", "temperature=0.5"]
+        for more, against, normalize, temperature in (
+            ([], "follower", True, 0.1),
+            (papers, "runner", False, 0.5),
+        ):
+            args = demo.parse(["--smoke", *more])
+            model: Any = demo.Run(args, images, True).model("c2bin", 0)
+            assert (model.against, model.cluster_head.normalize) == (against, normalize)
+            assert model.criterion.temperature == temperature
+            settings = demo.settings_of(args, images)
+            assert (settings["against"], settings["normalize"]) == (against, normalize)
+
     def test_a_second_call_trains_nothing(self, out: Path) -> None:
         before = {path: path.stat().st_mtime_ns for path in out.glob("seed*/*/*")}
         table = (out / "results.md").read_text()

@@ -145,7 +145,7 @@ def test_choices_are_made_on_images_of_their_own(tmp_path: Path) -> None:
                 "default",
                 "against the runner",
                 "cluster weight warmed up",
-                "features of equal length",
+                "features as they are",
                 "features standardised",
                 "as printed",
             ],

@@ -37,6 +37,7 @@ TABLE_5: _Settings = {
     **_momentum_factor(0.990),
     "method_kwargs.temperature": 0.5,
     "method_kwargs.against": "runner",
+    "method_kwargs.normalize": False,
     "method_kwargs.num_clusters": [32, 64, 128],
 }
 
@@ -66,6 +67,7 @@ TABLE_7: _Settings = {
     **_momentum_factor(0.990),
     "method_kwargs.temperature": 0.2,
     "method_kwargs.against": "runner",
+    "method_kwargs.normalize": False,
     "method_kwargs.num_clusters": [512, 1024, 2048],
 }
 
@@ -96,6 +98,7 @@ TABLE_10: _Settings = {
     **_momentum_factor(0.995),
     "method_kwargs.temperature": 1.0,
     "method_kwargs.against": "runner",
+    "method_kwargs.normalize": False,
 }
 
 PRETRAINING: dict[str, _Settings] = {

@@ -312,21 +312,25 @@ class TestC2BIN:
         ours, theirs = c2bin.losses(view0, view1), byol.losses(view0, view1)
         torch.testing.assert_close(ours["loss"], theirs["loss"])
         features = c2bin(view0)
+        features = features / features.norm(dim=1, keepdim=True) * features.shape[1] ** 0.5
         expected = (features @ c2bin.cluster_head.linear.weight[:3].T).add(
             c2bin.cluster_head.linear.bias[:3]
         )
         torch.testing.assert_close(c2bin.assignments(view0)[0], expected.softmax(dim=1))
 
     def test_normalize_reaches_the_heads_and_the_checkpoint(self) -> None:
-        model = build(C2BIN, normalize=True)
-        assert model.hparams["normalize"] is True
         view = torch.rand(8, 3, 4, 4)
+        model, plain = build(C2BIN), build(C2BIN, normalize=False)
+        assert (model.hparams["normalize"], plain.hparams["normalize"]) == (True, False)
+        plain.load_state_dict(model.state_dict())
         features = model(view)
         scaled = features / features.norm(dim=1, keepdim=True) * features.shape[1] ** 0.5
-        plain = build(C2BIN)
-        plain.load_state_dict(model.state_dict())
         for found, expected in zip(
             model.assignments(view), plain.cluster_head(scaled), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+        for found, expected in zip(
+            plain.assignments(view), plain.cluster_head(features), strict=True
         ):
             torch.testing.assert_close(found, expected)
 

@@ -181,6 +181,7 @@ class TestImageNetForm:
         loss = model.criterion
         assert (loss.cluster_weight, loss.entropy_weight, loss.temperature) == (1.0, 0.05, 0.2)
         assert model.against == "runner"
+        assert not model.cluster_head.normalize
         assert model.projector.layers[0].out_features == 4096
         assert (model.follower_momentum, model.follower_schedule) == (0.99, "cosine")
 
@@ -324,10 +325,12 @@ class TestLauncher:
     def test_options_reach_the_method(
         self, script: Path, small: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        launcher.main(["--num-clusters", "4,8", "--against", "follower", str(script)])
+        options = ["--num-clusters", "4,8", "--against", "follower", "--normalize"]
+        launcher.main([*options, str(script)])
         model = sys.modules["stand_in"].METHODS["c2bin"]["model"](8, CLASSES, 5, 0.1)
         assert model.cluster_head.num_clusters == (4, 8)
         assert model.against == "follower"
+        assert model.cluster_head.normalize
 
     def test_options_of_the_script_are_its_own(self, script: Path, capsys: Any) -> None:
         with pytest.raises(SystemExit):

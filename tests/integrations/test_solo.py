@@ -168,7 +168,7 @@ class TestOptions:
         cfg = config()
         cfg.method_kwargs = {}
         kwargs = C2BIN.add_and_assert_specific_cfg(cfg).method_kwargs
-        best = {"cluster_weight": 0.5, "temperature": 0.1}
+        best = {"cluster_weight": 0.5, "temperature": 0.1, "normalize": True}
         for kind in (C2BINLoss, MultiScaleClusterHead):
             for name, parameter in inspect.signature(kind).parameters.items():
                 if name not in ("in_features", "gather_distributed", "num_clusters"):
@@ -202,13 +202,13 @@ class TestOptions:
 
     def test_options_reach_the_modules(self) -> None:
         options = {"temperature": 0.7, "similarity": "dot", "reduction": "sum", "bias": False}
-        options["normalize"] = True
+        options["normalize"] = False
         model = build(method_kwargs={**KWARGS, **options})
         assert model.loss_function.temperature == 0.7
         assert model.loss_function.similarity == "dot"
         assert model.loss_function.reduction == "sum"
         assert model.cluster_head.linear.bias is None
-        assert model.cluster_head.normalize
+        assert not model.cluster_head.normalize
         assert model.cluster_head.num_clusters == (3, 5)
 
     def test_running_statistics_are_in_the_checkpoint(self) -> None:
