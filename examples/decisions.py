@@ -68,6 +68,7 @@ ONE_AT_A_TIME: dict[str, Choice] = {
     "entropy weight 2": ({}, {"entropy_weight": 2.0}),
     "entropy summed": ({}, {"reduction": "sum"}),
     "heads of 10, 20, 40": ({"num_clusters": [10, 20, 40]}, {}),
+    "heads of 128, 256, 512": ({"num_clusters": [128, 256, 512]}, {}),
     "cluster weight warmed up": ({"warmup": 0.25}, {}),
     "features as they are": ({"normalize": False}, {}),
     "features standardised": ({"normalize": False, "standardize": True}, {}),

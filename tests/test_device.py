@@ -21,6 +21,7 @@ from c2bin_ext import (
 )
 
 CLUSTERS = (4, 6)
+FOLLOWER = "follower, features of one length"
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
 )
@@ -33,24 +34,30 @@ OBJECTIVES: list[tuple[str, Callable[[], nn.Module]]] = [
     ("weightless", lambda: C2BINLoss(cluster_weight=0.0)),
     ("running", lambda: C2BINLoss(running_decay=0.9, num_clusters=CLUSTERS)),
     ("gathered", lambda: C2BINLoss(gather_distributed=True)),
+    (FOLLOWER, C2BINLoss.recommended),
 ]
 
 
 class Model(nn.Module):
-    """A network with the whole objective on top."""
+    """A network with the whole objective on top, as one of `OBJECTIVES` wants it."""
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, name: str = "") -> None:
         super().__init__()
+        self.follower = name == FOLLOWER
         self.encoder = nn.Linear(5, 8)
         self.predictor = nn.Linear(8, 8)
-        self.head = MultiScaleClusterHead(8, CLUSTERS)
+        self.head = MultiScaleClusterHead(8, CLUSTERS, normalize=self.follower)
         self.loss = loss
 
     def forward(self, view0: Tensor, view1: Tensor) -> Tensor:
         features = self.encoder(view0), self.encoder(view1)
         predictions = tuple(map(self.predictor, features))
         heads = tuple(map(self.head, features))
-        loss: Tensor = self.loss(predictions, features, heads).loss
+        fixed = None
+        if self.follower:
+            with torch.no_grad():
+                fixed = tuple(self.head(f + 1) for f in features)
+        loss: Tensor = self.loss(predictions, features, heads, target_assignments=fixed).loss
         return loss
 
 
@@ -59,7 +66,7 @@ class Model(nn.Module):
 def test_a_step_reads_no_value(
     name: str, build: Callable[[], nn.Module], dtype: torch.dtype
 ) -> None:
-    model = Model(build()).to("meta", dtype)
+    model = Model(build(), name).to("meta", dtype)
     views = torch.empty(2, 7, 5, device="meta", dtype=dtype)
     loss = model(*views)
     loss.backward()
@@ -109,7 +116,7 @@ def test_statistics_read_no_value() -> None:
 @pytest.mark.parametrize(("name", "build"), OBJECTIVES)
 def test_a_step_is_captured_as_a_cuda_graph(name: str, build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    model = Model(build()).cuda()
+    model = Model(build(), name).cuda()
     views = torch.randn(2, 64, 5, device="cuda")
     fresh = torch.randn(2, 64, 5, device="cuda")
     stream = torch.cuda.Stream()
@@ -140,7 +147,7 @@ def test_a_step_is_captured_as_a_cuda_graph(name: str, build: Callable[[], nn.Mo
 @needs_gpu
 @pytest.mark.parametrize(("name", "build"), OBJECTIVES)
 def test_a_step_never_waits_for_the_gpu(name: str, build: Callable[[], nn.Module]) -> None:
-    model = Model(build()).cuda()
+    model = Model(build(), name).cuda()
     views = torch.randn(2, 64, 5, device="cuda")
     model(*views).backward()
     torch.cuda.set_sync_debug_mode("error")

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("lightly")
 pytest.importorskip("matplotlib")
 
+from PIL import Image
 from torch import Tensor
 
 from c2bin_ext import C2BINLoss
@@ -169,6 +170,26 @@ def test_decisions(table: str, names: list[str], tmp_path: Path) -> None:
     # Every choice is another objective: none is an option that nothing reads.
     assert len({curve[0]["train_loss"] for curve in curves}) == len(rows)
     assert [head["k"] for head in found[names[0]]["clustering"][1:]] == [4, 8]
+
+
+def test_baselines_and_curves(tmp_path: Path) -> None:
+    import decisions
+
+    command = ["decisions", *SMALL, "--epochs", "2", "--seeds", "0", "--num-clusters", "4", "8"]
+    command += ["--only", "default", "--baselines", "mocov2", "byol", "--out", str(tmp_path)]
+    assert decisions.main([*command, "--curves", "--name", "methods"]) == 0
+    rows = [
+        choice["row"] for choice in json.loads((tmp_path / "methods.json").read_text())["choices"]
+    ]
+    assert rows == ["MoCo v2", "BYOL, no cluster terms", "default"]
+    with Image.open(tmp_path / "methods.png") as picture:
+        assert min(picture.size) > 300
+    curves = [json.loads(path.read_text())["curve"] for path in tmp_path.glob("runs/*/result.json")]
+    assert [[0 <= row["knn"] <= 1 for row in curve] for curve in curves] == [[True] * 2] * 3
+    # Without curves nothing is scored on the way, and these are not runs of the others' kind.
+    assert decisions.main([*command, "--name", "plain"]) == 0
+    assert not (tmp_path / "plain.png").exists()
+    assert len(list(tmp_path.glob("runs/*"))) == 6
 
 
 def test_rows_of_another_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
