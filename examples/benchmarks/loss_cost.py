@@ -261,6 +261,7 @@ def compare(
         )
         for k in scales
     ]
+    torch.compiler.reset()  # else the sizes before count towards Dynamo's limit of recompilations
     candidates = candidates_for(n, scales, args.grid, args.compile)
     took = measure(candidates, logits, args.rounds, args.seconds)  # type: ignore[arg-type]
     rows = [
