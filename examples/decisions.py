@@ -87,6 +87,12 @@ MANY_CLUSTERS: dict[str, Choice] = {
         ONCE[1] | {"running_decay": 0.9, "cluster_weight": 20.0},
     ),
     "queue of 512 images": (ONCE[0] | {"queue": 512}, ONCE[1]),
+    "against the runner": ({"against": "runner"}, {}),
+    "against the runner, weight 0.05": ({"against": "runner"}, {"cluster_weight": 0.05}),
+    "against the runner, statistics over 10 steps": (
+        {"against": "runner"},
+        {"running_decay": 0.9},
+    ),
 }
 TABLES = {"decisions": ONE_AT_A_TIME, "together": TOGETHER, "many_clusters": MANY_CLUSTERS}
 
