@@ -6,6 +6,7 @@ LIGHTLY_CHECKOUT names a checkout of its git repository.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -513,7 +514,7 @@ class TestScoresOfHeads:
 
 
 RUN = """
-import logging, os, random, signal, sys, warnings
+import logging, multiprocessing, os, random, signal, sys, warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -566,8 +567,11 @@ def run(kind, workers, validates):
         callbacks=[Kill()] if mode == "kill" else None,
         enable_progress_bar=False, enable_model_summary=False)
     def load(images, **options):
+        # A fork of a process with gloo's threads can inherit a lock that nobody will release.
+        context = "forkserver" if workers and devices > 1 else None
         return DataLoader(images, batch_size=12 // devices, num_workers=workers,
-                          persistent_workers=workers > 0, **options)
+                          multiprocessing_context=context, persistent_workers=workers > 0,
+                          **options)
     last = max(here.glob("**/*.ckpt")) if mode == "resume" else None
     trainer.fit(model, load(Views(), shuffle=True, drop_last=True),
                 load(Plain()) if validates else None, ckpt_path=last)
@@ -576,11 +580,13 @@ def run(kind, workers, validates):
         torch.save([model.state_dict(), scores], here / f"{mode}.pt")
 
 
-for kind in sys.argv[4:]:
-    name, workers, validates = kind.split(",")
-    run(name, int(workers), int(validates))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["c2bin_lightly"])
+    for kind in sys.argv[4:]:
+        name, workers, validates = kind.split(",")
+        run(name, int(workers), int(validates))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 """
 
 # Method, loader workers, whether there are validation images: Lightning writes its checkpoint
@@ -600,20 +606,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Pat
     def start(mode: str, devices: int, *cases: str) -> subprocess.Popen[bytes]:
         folder = top / f"{devices}" / ("whole" if mode == "whole" else "killed")
         command = [sys.executable, script, mode, folder, str(devices), *cases]
-        return subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, start_new_session=True
-        )
+        # To a file: a pipe would be open as long as a rank that waits for a dead one, and its
+        # workers, live.
+        with (top / "errors").open("ab") as errors:
+            return subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True)
+
+    def end(process: subprocess.Popen[bytes], code: int) -> None:
+        try:
+            process.wait(timeout=240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.returncode == code, (top / "errors").read_text()
 
     for devices, cases in CASES.items():
-        killed = [start("kill", devices, case) for case in cases]
-        for process in killed:
-            errors = process.communicate(timeout=240)[1].decode()
-            assert process.returncode == -signal.SIGKILL, errors
-            if devices > 1:
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks that wait for the dead one
+        for process in [start("kill", devices, case) for case in cases]:
+            end(process, -signal.SIGKILL)
         for process in [start("whole", devices, *cases), start("resume", devices, *cases)]:
-            errors = process.communicate(timeout=240)[1].decode()
-            assert process.returncode == 0, errors
+            end(process, 0)
     return {n: {m: top / str(n) / m for m in ("whole", "killed")} for n in CASES}
 
 
