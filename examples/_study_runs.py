@@ -321,15 +321,22 @@ def cells(results: Sequence[Result]) -> list[str]:
     row += [mean_and_spread([scores[key] for scores in kmeans], ".3f") for key in CLUSTERS.values()]
     heads = [result["clustering"][1:] for result in results]
     if not heads[0]:
-        return [*row, "", ""]
-    # Of heads of many sizes, the mean of their NMI; and how much of each head is in use.
-    row.append(mean_and_spread([statistics.fmean(h["nmi"] for h in each) for each in heads], ".3f"))
+        return [*row, *[""] * len(CLUSTERS), ""]
+    # Of heads of many sizes, the mean of their scores; and how much of each head is in use.
+    row += [
+        mean_and_spread([statistics.fmean(head[key] for head in each) for each in heads], ".3f")
+        for key in CLUSTERS.values()
+    ]
     used = [statistics.fmean(each[i]["in_use"] for each in heads) for i in range(len(heads[0]))]
     sizes = [head["k"] for head in heads[0]]
     return [*row, ", ".join(f"{u:.0f} of {k}" for u, k in zip(used, sizes, strict=True))]
 
 
-HEAD = [*COLUMNS, *(f"k-means {name}" for name in CLUSTERS), "heads' NMI", "clusters in use"]
+HEAD = [
+    *COLUMNS,
+    *(f"{whose} {name}" for whose in ("k-means", "heads'") for name in CLUSTERS),
+    "clusters in use",
+]
 
 
 def about(bench: Bench) -> dict[str, Any]:
@@ -346,7 +353,8 @@ def about(bench: Bench) -> dict[str, Any]:
 
 SCORES = (
     "Accuracies in percent, of frozen features on test images; k-means with as many clusters as "
-    "classes; the heads' NMI is the mean over heads."
+    "classes; the heads' NMI and ACC are means over heads. ACC matches clusters one to one with "
+    "classes, so it falls as K grows."
 )
 
 

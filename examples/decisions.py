@@ -2,6 +2,7 @@
 
     python examples/decisions.py                   the default with one thing changed at a time
     python examples/decisions.py together          three choices, in every combination
+    python examples/decisions.py printed           the printed formulas with other weights
     python examples/decisions.py many_clusters --num-clusters 512 1024 --batch-size 64
     python examples/decisions.py TABLE --data FOLDER --limit 5000 --processes 2
 
@@ -75,6 +76,27 @@ ONE_AT_A_TIME: dict[str, Choice] = {
     "momentum to 1": ({"follower_schedule": "cosine"}, {}),
     "as printed": (WIRING, {"formulas": "printed"}),
 }
+# Where the printed formulas train: n times less entropy, n times less of both, other temperatures,
+# one formula at a time in its usual form, the recommended wiring. n is the default batch of 128.
+AS_PRINTED = {"formulas": "printed"}
+SCALED = AS_PRINTED | {"entropy_weight": 1 / 128}
+PRINTED: dict[str, Choice] = {
+    PAPERS: ONCE,
+    "as printed": (WIRING, AS_PRINTED),
+    "cluster weight 2/n": (WIRING, AS_PRINTED | {"cluster_weight": 2 / 128}),
+    "cluster weight 0.5/n": (WIRING, AS_PRINTED | {"cluster_weight": 0.5 / 128}),
+    "entropy weight 1/n": (WIRING, SCALED),
+    "entropy weight 10/n": (WIRING, SCALED | {"entropy_weight": 10 / 128}),
+    "entropy weight 1/n, cluster weight 0.1": (WIRING, SCALED | {"cluster_weight": 0.1}),
+    "entropy weight 1/n, temperature 4": (WIRING, SCALED | {"temperature": 4.0}),
+    "entropy weight 1/n, temperature 16": (WIRING, SCALED | {"temperature": 16.0}),
+    "entropy weight 1/n, positive kept": (WIRING, SCALED | {"positive_in_denominator": True}),
+    "entropy weight 1/n, cosine": (WIRING, SCALED | {"similarity": "cosine"}),
+    "entropy weight 1/n, against the follower, features of one length": (
+        {"against": "follower", "normalize": True},
+        SCALED,
+    ),
+}
 MANY_CLUSTERS: dict[str, Choice] = {
     "default": DEFAULT,
     PAPERS: ONCE,
@@ -94,7 +116,12 @@ MANY_CLUSTERS: dict[str, Choice] = {
         {"running_decay": 0.9},
     ),
 }
-TABLES = {"decisions": ONE_AT_A_TIME, "together": TOGETHER, "many_clusters": MANY_CLUSTERS}
+TABLES = {
+    "decisions": ONE_AT_A_TIME,
+    "together": TOGETHER,
+    "printed": PRINTED,
+    "many_clusters": MANY_CLUSTERS,
+}
 
 
 def trial(choice: Choice, clusters: list[int]) -> Trial:

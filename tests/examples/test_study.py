@@ -155,6 +155,7 @@ def test_choices_are_made_on_images_of_their_own(tmp_path: Path) -> None:
             "many_clusters",
             ["the paper's weights", "statistics over 10 steps", "queue of 512 images"],
         ),
+        ("printed", ["as printed", "entropy weight 1/n", "entropy weight 1/n, cosine"]),
     ],
 )
 def test_decisions(table: str, names: list[str], tmp_path: Path) -> None:
@@ -170,6 +171,30 @@ def test_decisions(table: str, names: list[str], tmp_path: Path) -> None:
     # Every choice is another objective: none is an option that nothing reads.
     assert len({curve[0]["train_loss"] for curve in curves}) == len(rows)
     assert [head["k"] for head in found[names[0]]["clustering"][1:]] == [4, 8]
+
+
+def test_cells_are_means_over_seeds_and_heads() -> None:
+    from _study_runs import HEAD, cells
+
+    def scores(k: int, nmi: float, acc: float, used: int) -> dict[str, float]:
+        return {"k": k, "nmi": nmi, "acc": acc, "in_use": used}
+
+    clusterings = [
+        [scores(10, 0.1, 0.2, 10), scores(4, 0.3, 0.5, 4), scores(8, 0.5, 0.3, 6)],
+        [scores(10, 0.3, 0.4, 10), scores(4, 0.5, 0.7, 4), scores(8, 0.9, 0.3, 8)],
+    ]
+    results = [
+        {"knn200": 0.25, "knn5": 0.5, "linear": 0.75, "clustering": clustering}
+        for clustering in clusterings
+    ]
+    row = dict(zip(HEAD, cells(results), strict=True))
+    assert row["kNN k=200"] == "25.0 ± 0.0"
+    # Means 0.1 and 0.3, with heads 0.4 and 0.7; the spread of a and b is |a - b| / √2.
+    assert (row["k-means NMI"], row["k-means ACC"]) == ("0.200 ± 0.141", "0.300 ± 0.141")
+    assert (row["heads' NMI"], row["heads' ACC"]) == ("0.550 ± 0.212", "0.450 ± 0.071")
+    assert row["clusters in use"] == "4 of 4, 7 of 8"
+    plain = [{**result, "clustering": result["clustering"][:1]} for result in results]
+    assert [len(cells(plain)), *cells(plain)[-3:]] == [len(HEAD), "", "", ""]
 
 
 def test_baselines_and_curves(tmp_path: Path) -> None:
