@@ -11,8 +11,9 @@ the gradient is autograd's of the formula, so that second derivatives are right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -75,16 +76,17 @@ def cosine_contrast(
     return loss
 
 
-def balance_gap(assignments: Tensor, formula: Callable[[Tensor], Tensor]) -> Tensor:
-    """Eq. 5 as log K - H: `functional.cluster_entropy_regularizer`."""
-    loss: Tensor = _BalanceGap.apply(assignments, formula)
+def balance_gaps(assignments: Sequence[Tensor], formula: Callable[..., Tensor]) -> Tensor:
+    """Eq. 5 as log K - H, summed over matrices: `functional.cluster_entropy_regularizer`."""
+    # Rows of one buffer cost more than they save where there is one.
+    terms = _BalanceGap if len(assignments) == 1 else _BalanceGaps
+    loss: Tensor = terms.apply(formula, *assignments)
     return loss
 
 
 def _differentiate(
-    ctx: Any, formula: Callable[..., Tensor], grad: Tensor, *tensors: Tensor
+    needed: Sequence[bool], formula: Callable[..., Tensor], grad: Tensor, *tensors: Tensor
 ) -> list[Tensor | None]:
-    needed = ctx.needs_input_grad[: len(tensors)]
     # Aliases: one view can be computed from the other, or be the same tensor, and the derivative
     # by each must not pass through the other.
     aliases = [tensor.view_as(tensor) for tensor in tensors]
@@ -131,7 +133,8 @@ class _CosineContrast(torch.autograd.Function):
         assignments0, assignments1, *saved = ctx.saved_tensors
         unit0, unit1, inverse0, inverse1, exponentials, rows, columns = saved
         if torch.is_grad_enabled():
-            return *_differentiate(ctx, formula, grad, assignments0, assignments1), *[None] * 5
+            views, needed = (assignments0, assignments1), ctx.needs_input_grad[:2]
+            return *_differentiate(needed, formula, grad, *views), *[None] * 5
         # dL/dS = softmax over rows (and over columns) minus the identity, averaged over clusters.
         # The average and 1/τ are left to the products: there a factor costs nothing.
         if symmetric:
@@ -155,7 +158,7 @@ class _CosineContrast(torch.autograd.Function):
 
 class _BalanceGap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, assignments: Tensor, formula: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, formula: Callable[..., Tensor], assignments: Tensor) -> Tensor:
         mass = assignments.sum(dim=0)
         total = torch.threshold(mass.sum(), SMALLEST_MASS, torch.inf)
         share = mass / total
@@ -163,7 +166,7 @@ class _BalanceGap(torch.autograd.Function):
         # K ŝ: adding a multiple is one kernel, multiplying by a number makes a tensor of it first.
         ratio = torch.add(share, share, alpha=clusters - 1).clamp_min_(SMALLEST_RATIO)
         log = ratio.log()
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             slope = torch.addcdiv(log, share, ratio, value=clusters)
             slope = slope.sub_(torch.dot(slope, share)).div_(total)
             ctx.save_for_backward(assignments, slope)
@@ -174,6 +177,49 @@ class _BalanceGap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assignments, slope = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiate(ctx, ctx.formula, grad, assignments), None
+            return None, *_differentiate([True], ctx.formula, grad, assignments)
         # Not in place: with batched gradients `grad` has a dimension more than `slope`.
-        return (slope * grad).expand_as(assignments), None
+        return None, (slope * grad).expand_as(assignments)
+
+
+class _BalanceGaps(torch.autograd.Function):
+    """The same of several matrices with shared kernels: at the usual sizes, launches cost most.
+
+    Masses have one row per matrix, filled up with empty clusters, which add nothing to its entropy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, formula: Callable[..., Tensor], *assignments: Tensor) -> Tensor:
+        sizes = [matrix.shape[1] for matrix in assignments]
+        mass = assignments[0].new_zeros(len(sizes), max(sizes))
+        for row, matrix, k in zip(mass.unbind(), assignments, sizes, strict=True):
+            torch.sum(matrix, dim=0, out=row[:k])
+        clusters = mass.new_empty(len(sizes), 1)
+        start = 0
+        for k, same in groupby(sizes):
+            stop = start + len(list(same))
+            clusters[start:stop].fill_(k)
+            start = stop
+        total = torch.threshold(mass.sum(dim=1, keepdim=True), SMALLEST_MASS, torch.inf)
+        share = mass / total
+        ratio = share * clusters  # K ŝ
+        floored = ratio.clamp_min(SMALLEST_RATIO)
+        log = floored.log()
+        if any(ctx.needs_input_grad):
+            slope = torch.addcdiv(log, ratio, floored)
+            slope.sub_((slope * share).sum(dim=1, keepdim=True)).div_(total)
+            ctx.save_for_backward(*assignments, slope)
+            ctx.formula = formula
+        return (share * log).sum(dim=1).clamp_min_(0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *assignments, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            needed = ctx.needs_input_grad[1:]
+            return None, *_differentiate(needed, ctx.formula, grad, *assignments)
+        rows = (slope * grad).unbind()
+        return None, *(
+            row[: matrix.shape[1]].expand_as(matrix)
+            for row, matrix in zip(rows, assignments, strict=True)
+        )

@@ -292,7 +292,7 @@ def cluster_entropy_regularizer(
     elif running is not None:
         gap = _balance_gap(running(cluster_mass(assignments)))
     else:
-        gap = _local_balance_gap(assignments)
+        gap = _local_balance_gaps([assignments])
     return gap * count if reduction == "sum" else gap
 
 
@@ -402,7 +402,8 @@ def c2bin_loss(
     else:
         cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
         contrasts = [_local_contrast(view0, view1, options) for view0, view1 in heads]
-        gaps = [_local_balance_gap(*at_least_float32(view)) for views in heads for view in views]
+        views = at_least_float32(*(view for pair in heads for view in pair))
+        gaps = [_local_balance_gaps(views)]
 
     alignment = 1 - reduce(torch.add, cosines) / (count * len(cosines))
     contrast = reduce(torch.add, contrasts)
@@ -729,13 +730,15 @@ def _balance_gap(mass: Tensor) -> Tensor:
     return gap + (-gap).clamp_min(0).detach()
 
 
-def _local_balance_gap(assignments: Tensor) -> Tensor:
-    def formula(assignments: Tensor) -> Tensor:
-        return _balance_gap(assignments.sum(dim=0))
+def _local_balance_gaps(assignments: Sequence[Tensor]) -> Tensor:
+    """Eq. 5 of every matrix of assignments, summed."""
 
-    if _fused.usable(assignments):
-        return _fused.balance_gap(assignments, formula)
-    return formula(assignments)
+    def formula(*assignments: Tensor) -> Tensor:
+        return reduce(torch.add, (_balance_gap(matrix.sum(dim=0)) for matrix in assignments))
+
+    if _fused.usable(*assignments):
+        return _fused.balance_gaps(assignments, formula)
+    return formula(*assignments)
 
 
 def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:

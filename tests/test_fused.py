@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -76,6 +77,81 @@ def test_balance_is_the_formula(empty: bool, formulas: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(found, expected_grad)
 
 
+def heads_of_many_sizes() -> list[Tensor]:
+    """Neighbours of equal and of unequal K, one with an empty cluster, one without any mass."""
+    first, second = (view.detach().clone() for view in views(9, 4))
+    third, fourth = (view.detach().clone() for view in views(9, 3))
+    second[:, 1] = 0
+    fourth *= 1e-15
+    return [view.requires_grad_() for view in (first, second, third, fourth, views(9, 5)[0])]
+
+
+def entropies(matrices: Sequence[Tensor]) -> Tensor:
+    """Σ (log K - H), matrix by matrix, from Python's numbers."""
+    total = torch.zeros((), dtype=torch.float64)
+    for matrix in matrices:
+        masses = [sum(matrix[i, k] for i in range(len(matrix))) for k in range(matrix.shape[1])]
+        whole = sum(masses)
+        for mass in masses:
+            if whole > 1e-12 and mass > 0:
+                share = mass / whole
+                total = total + share * (share * len(masses)).log()
+    return total
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_balance_of_many_matrices(create_graph: bool) -> None:
+    matrices = heads_of_many_sizes()
+    value = functional._local_balance_gaps(matrices)
+    assert value.grad_fn is not None
+    assert "BalanceGaps" in value.grad_fn.name()
+    expected = entropies(matrices)
+    torch.testing.assert_close(value, expected)
+    found = gradients(3 * value, matrices, create_graph=create_graph)
+    # Without mass there is no gradient, and the oracle has none in an empty cluster.
+    massive = [matrix for matrix in matrices if matrix.sum() > 1e-12]
+    wanted = iter(gradients(3 * expected, massive))
+    for gradient, matrix in zip(found, matrices, strict=True):
+        if any(matrix is other for other in massive):
+            used = matrix.sum(dim=0) > 0
+            torch.testing.assert_close(gradient[:, used], next(wanted)[:, used])
+        else:
+            assert (gradient == 0).all()
+    for gradient, matrix in zip(found, matrices, strict=True):
+        alone = gradients(3 * functional.cluster_entropy_regularizer(matrix), matrix)
+        torch.testing.assert_close(gradient, *alone)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_balance_of_many_matrices_some_without_gradient(create_graph: bool) -> None:
+    matrices = heads_of_many_sizes()
+    whole = gradients(functional._local_balance_gaps(matrices), matrices)
+    some = [m if i in (0, 4) else m.detach() for i, m in enumerate(matrices)]
+    value = functional._local_balance_gaps(some)
+    found = gradients(value, [some[0], some[4]], create_graph=create_graph)
+    torch.testing.assert_close(found, (whole[0], whole[4]))
+    assert not functional._local_balance_gaps([m.detach() for m in matrices]).requires_grad
+
+
+def test_balance_of_one_matrix_in_two_places() -> None:
+    first, _ = views()
+    (twice,) = gradients(functional._local_balance_gaps([first, first]), first)
+    (once,) = gradients(functional.cluster_entropy_regularizer(first), first)
+    torch.testing.assert_close(twice, 2 * once)
+    assert torch.autograd.gradgradcheck(lambda x: functional._local_balance_gaps([x, x * x]), first)
+
+
+def test_near_balance_no_row_is_negative() -> None:
+    """Rounding must not let one matrix's gap go below 0 and hide another's."""
+    for seed in range(50):
+        torch.manual_seed(seed)
+        near = [(1e-4 * torch.randn(64, k)).softmax(dim=1) for k in (7, 5)]
+        both = functional._local_balance_gaps(near)
+        alone = [functional.cluster_entropy_regularizer(view) for view in near]
+        assert both >= max(alone) - 1e-12
+        torch.testing.assert_close(both, alone[0] + alone[1], rtol=1e-3, atol=2e-7)
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("shared", ["same", "computed", "twice"])
 def test_one_view_made_from_the_other(shared: str, create_graph: bool) -> None:
@@ -123,6 +199,7 @@ def test_batched_gradients() -> None:
     for loss in (
         functional.bca_contrastive_loss(first, second),
         functional.cluster_entropy_regularizer(first),
+        functional._local_balance_gaps([first, second]),
     ):
         (single,) = gradients(loss, first, retain_graph=True)
         (batched,) = gradients(loss, first, grad_outputs=upstream, is_grads_batched=True)
