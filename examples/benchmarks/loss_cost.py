@@ -8,9 +8,10 @@ logits and one Gram matrix per head, with their gradients. All candidates of a r
 alternately in one process, and each ratio is the median over rounds of candidate / floor of the
 same round. On the CPU it is one thread, and its processor time, so that other programs disturb
 little; on a GPU it is the time until the GPU is done. Peak memory is what is allocated beyond the
-inputs in one forward and backward pass. Beside this library's losses there are lightly's SwaVLoss
-on the same assignments and NTXentLoss on embeddings of the same batch, the usual 2K × 2K cosine
-formulation, and Eq. 4 as loops over clusters.
+inputs in one forward and backward pass. Operators are those that compute: on a GPU each launches a
+kernel or two, which is most of the time of small heads. Beside this library's losses there are
+lightly's SwaVLoss on the same assignments and NTXentLoss on embeddings of the same batch, the usual
+2K × 2K cosine formulation, and Eq. 4 as loops over clusters.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from _hardware import processor
 from lightly.loss import NTXentLoss, SwaVLoss
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from c2bin_ext import BCAContrastiveLoss, C2BINLoss, ClusterEntropyRegularizer
 
@@ -223,6 +225,27 @@ def peak_bytes(run: Candidate, logits: Logits) -> int:
     return largest
 
 
+class Operators(TorchDispatchMode):
+    """Counts what computes: neither views of other tensors nor memory without values."""
+
+    count = 0
+    without_work = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        infos = (returned.alias_info for returned in func._schema.returns)
+        view = any(info is not None and not info.is_write for info in infos)
+        self.count += not view and func.overloadpacket.__name__ not in self.without_work
+        return func(*args, **(kwargs or {}))
+
+
+def operators(run: Candidate, logits: Logits) -> int:
+    with Operators() as counter:
+        timed(run, logits)
+    return counter.count
+
+
 def measure(
     candidates: dict[str, Candidate], logits: Logits, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
@@ -239,13 +262,17 @@ def measure(
     return took
 
 
-def row(name: str, took: list[float], base: list[float], memory: int) -> dict[str, Any]:
+def row(
+    name: str, run: Candidate, logits: Logits, took: list[float], base: list[float]
+) -> dict[str, Any]:
     return {
         "what": name,
         "ms": 1e3 * statistics.median(took),
         "ratio": statistics.median(t / b for t, b in zip(took, base, strict=True)),
         "rounds": len(took),
-        "peak_mib": memory / 2**20,
+        "peak_mib": peak_bytes(run, logits) / 2**20,
+        # Compiled, nothing is dispatched that could be counted.
+        "operators": None if name.endswith("compiled") else operators(run, logits),
     }
 
 
@@ -265,12 +292,12 @@ def compare(
     candidates = candidates_for(n, scales, args.grid, args.compile)
     took = measure(candidates, logits, args.rounds, args.seconds)  # type: ignore[arg-type]
     rows = [
-        row(name, took[name], took[FLOOR], peak_bytes(run, logits))  # type: ignore[arg-type]
+        row(name, run, logits, took[name], took[FLOOR])  # type: ignore[arg-type]
         for name, run in candidates.items()
     ]
     for name, run in slow_candidates(n, scales, args.grid).items():
         slow = measure({FLOOR: floor, name: run}, logits, 3, 0.0)  # type: ignore[arg-type]
-        rows.append(row(name, slow[name], slow[FLOOR], peak_bytes(run, logits)))  # type: ignore[arg-type]
+        rows.append(row(name, run, logits, slow[name], slow[FLOOR]))  # type: ignore[arg-type]
     targets = []
     for name, (other, largest) in TARGETS.get((n, scales), {}).items():
         ratio = statistics.median(t / o for t, o in zip(took[name], took[other], strict=True))
@@ -317,7 +344,8 @@ def main() -> None:
     }
     title = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "command")
     lines = [f"{title}.", ""]
-    lines += ["| n | K | what | ms | ratio to the floor | peak MiB |", "| --- " * 6 + "|"]
+    lines += ["| n | K | what | ms | ratio to the floor | peak MiB | operators |"]
+    lines += ["| --- " * 7 + "|"]
     print("\n".join(lines), flush=True)
     results, met = [], []
     for n, scales in sizes:
@@ -327,7 +355,7 @@ def main() -> None:
             results.append({"n": n, "K": scales, **found})
             lines.append(
                 f"| {n} | {', '.join(map(str, scales))} | {found['what']} | {found['ms']:.3f} "
-                f"| {found['ratio']:.2f} | {found['peak_mib']:.1f} |"
+                f"| {found['ratio']:.2f} | {found['peak_mib']:.1f} | {found['operators'] or ''} |"
             )
             print(lines[-1], flush=True)
     if met:

@@ -35,3 +35,27 @@ def test_the_grid_compiles_every_size(tmp_path: Path, monkeypatch: pytest.Monkey
     sizes = {(row["n"], tuple(row["K"])) for row in found if row["what"].endswith(", compiled")}
     assert sizes == {(8, (3,)), (8, (2, 4)), (16, (3,)), (16, (2, 4))}
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in found)
+    counted = [row for row in found if not row["what"].endswith("compiled")]
+    assert all(row["operators"] is None for row in found if row not in counted)
+    # Two softmaxes, a product, a sum and its addition, and less than twice as many to go back.
+    floors = {tuple(r["K"]): r["operators"] for r in counted if r["what"].startswith("floor")}
+    assert 10 <= floors[3,] < 15
+    assert 18 <= floors[2, 4] < 25
+    assert all(row["operators"] >= 10 for row in counted)
+
+
+def test_operators_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import loss_cost
+
+    x = torch.randn(3, 4)
+    with loss_cost.Operators() as counter:
+        x.T[1:, 0].view(3, 1).expand(3, 2).detach()
+        torch.empty_like(x)
+        x.new_empty(3)
+    assert counter.count == 0
+    with loss_cost.Operators() as counter:
+        (x @ x.T).sum().exp_()
+        torch.sum(x, dim=0, out=x.new_empty(4))
+        x.new_zeros(3)
+    assert counter.count == 5
