@@ -76,11 +76,11 @@ def cosine_contrast(
     return loss
 
 
-def balance_gaps(assignments: Sequence[Tensor], formula: Callable[..., Tensor]) -> Tensor:
-    """Eq. 5 as log K - H, summed over matrices: `functional.cluster_entropy_regularizer`."""
+def balance_gaps(masses: Sequence[Tensor], formula: Callable[..., Tensor]) -> Tensor:
+    """Eq. 5 as log K - H, summed over heads: `functional.cluster_entropy_regularizer`."""
     # Rows of one buffer cost more than they save where there is one.
-    terms = _BalanceGap if len(assignments) == 1 else _BalanceGaps
-    loss: Tensor = terms.apply(formula, *assignments)
+    terms = _BalanceGap if len(masses) == 1 else _BalanceGaps
+    loss: Tensor = terms.apply(formula, *masses)
     return loss
 
 
@@ -158,8 +158,7 @@ class _CosineContrast(torch.autograd.Function):
 
 class _BalanceGap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, formula: Callable[..., Tensor], assignments: Tensor) -> Tensor:
-        mass = assignments.sum(dim=0)
+    def forward(ctx: Any, formula: Callable[..., Tensor], mass: Tensor) -> Tensor:
         total = torch.threshold(mass.sum(), SMALLEST_MASS, torch.inf)
         share = mass / total
         clusters = share.shape[0]
@@ -169,57 +168,54 @@ class _BalanceGap(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             slope = torch.addcdiv(log, share, ratio, value=clusters)
             slope = slope.sub_(torch.dot(slope, share)).div_(total)
-            ctx.save_for_backward(assignments, slope)
+            ctx.save_for_backward(mass, slope)
             ctx.formula = formula
         return torch.dot(share, log).clamp_min_(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        assignments, slope = ctx.saved_tensors
+        mass, slope = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, *_differentiate([True], ctx.formula, grad, assignments)
+            return None, *_differentiate([True], ctx.formula, grad, mass)
         # Not in place: with batched gradients `grad` has a dimension more than `slope`.
-        return None, (slope * grad).expand_as(assignments)
+        return None, slope * grad
 
 
 class _BalanceGaps(torch.autograd.Function):
-    """The same of several matrices with shared kernels: at the usual sizes, launches cost most.
+    """The same of several heads with shared kernels: at the usual sizes, launches cost most.
 
-    Masses have one row per matrix, filled up with empty clusters, which add nothing to its entropy.
+    Each is a row of one matrix, filled up with empty clusters, which add nothing to the entropy.
     """
 
     @staticmethod
-    def forward(ctx: Any, formula: Callable[..., Tensor], *assignments: Tensor) -> Tensor:
-        sizes = [matrix.shape[1] for matrix in assignments]
-        mass = assignments[0].new_zeros(len(sizes), max(sizes))
-        for row, matrix, k in zip(mass.unbind(), assignments, sizes, strict=True):
-            torch.sum(matrix, dim=0, out=row[:k])
-        clusters = mass.new_empty(len(sizes), 1)
+    def forward(ctx: Any, formula: Callable[..., Tensor], *masses: Tensor) -> Tensor:
+        sizes = [mass.shape[0] for mass in masses]
+        rows = masses[0].new_zeros(len(sizes), max(sizes))
+        for row, mass, k in zip(rows.unbind(), masses, sizes, strict=True):
+            row[:k].copy_(mass)
+        clusters = rows.new_empty(len(sizes), 1)
         start = 0
         for k, same in groupby(sizes):
             stop = start + len(list(same))
             clusters[start:stop].fill_(k)
             start = stop
-        total = torch.threshold(mass.sum(dim=1, keepdim=True), SMALLEST_MASS, torch.inf)
-        share = mass / total
+        total = torch.threshold(rows.sum(dim=1, keepdim=True), SMALLEST_MASS, torch.inf)
+        share = rows / total
         ratio = share * clusters  # K ŝ
         floored = ratio.clamp_min(SMALLEST_RATIO)
         log = floored.log()
         if any(ctx.needs_input_grad):
             slope = torch.addcdiv(log, ratio, floored)
             slope.sub_((slope * share).sum(dim=1, keepdim=True)).div_(total)
-            ctx.save_for_backward(*assignments, slope)
+            ctx.save_for_backward(*masses, slope)
             ctx.formula = formula
         return (share * log).sum(dim=1).clamp_min_(0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *assignments, slope = ctx.saved_tensors
+        *masses, slope = ctx.saved_tensors
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad[1:]
-            return None, *_differentiate(needed, ctx.formula, grad, *assignments)
+            return None, *_differentiate(needed, ctx.formula, grad, *masses)
         rows = (slope * grad).unbind()
-        return None, *(
-            row[: matrix.shape[1]].expand_as(matrix)
-            for row, matrix in zip(rows, assignments, strict=True)
-        )
+        return None, *(row[: len(mass)] for row, mass in zip(rows, masses, strict=True))

@@ -284,15 +284,12 @@ def cluster_entropy_regularizer(
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     _check_assignments("assignments", assignments, validate_args)
     (assignments,) = at_least_float32(assignments)
+    mass = assignments.sum(dim=0)
     count: int | Tensor = assignments.shape[0]
     if _spans_ranks(gather_distributed):
         rows = assignments.new_full((), assignments.shape[0])
-        mass, count = sum_over_ranks([cluster_mass(assignments), rows])
-        gap = _balance_gap(mass if running is None else running(mass))
-    elif running is not None:
-        gap = _balance_gap(running(cluster_mass(assignments)))
-    else:
-        gap = _local_balance_gaps([assignments])
+        mass, count = sum_over_ranks([mass, rows])
+    gap = _balance_gaps([mass if running is None else running(mass)])
     return gap * count if reduction == "sum" else gap
 
 
@@ -395,20 +392,20 @@ def c2bin_loss(
         sums[first:] = _smoothed(sums[first:], running)
         totals = iter(sums)
         cosines, count = [next(totals) for _ in aligned], next(totals)
-        contrasts, gaps = [], []
+        contrasts, masses = [], []
         for _ in heads:
-            gaps += [_balance_gap(next(totals)), _balance_gap(next(totals))]
+            masses += [next(totals), next(totals)]
             contrasts.append(_contrast_from_sums(totals, options))
     else:
         cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
         contrasts = [_local_contrast(view0, view1, options) for view0, view1 in heads]
         views = at_least_float32(*(view for pair in heads for view in pair))
-        gaps = [_local_balance_gaps(views)]
+        masses = [view.sum(dim=0) for view in views]
 
     alignment = 1 - reduce(torch.add, cosines) / (count * len(cosines))
     contrast = reduce(torch.add, contrasts)
     contrast = contrast / ways if ways > 1 else contrast
-    entropy = reduce(torch.add, gaps) / (2 * ways)
+    entropy = _balance_gaps(masses) / (2 * ways)
     if reduction == "sum":
         entropy = entropy * count
     loss = alignment + cluster_weight * (contrast + entropy_weight * entropy)
@@ -730,15 +727,15 @@ def _balance_gap(mass: Tensor) -> Tensor:
     return gap + (-gap).clamp_min(0).detach()
 
 
-def _local_balance_gaps(assignments: Sequence[Tensor]) -> Tensor:
-    """Eq. 5 of every matrix of assignments, summed."""
+def _balance_gaps(masses: Sequence[Tensor]) -> Tensor:
+    """Eq. 5 as log K - H(ŝ), summed over heads and views."""
 
-    def formula(*assignments: Tensor) -> Tensor:
-        return reduce(torch.add, (_balance_gap(matrix.sum(dim=0)) for matrix in assignments))
+    def formula(*masses: Tensor) -> Tensor:
+        return reduce(torch.add, (_balance_gap(mass) for mass in masses))
 
-    if _fused.usable(*assignments):
-        return _fused.balance_gaps(assignments, formula)
-    return formula(*assignments)
+    if _fused.usable(*masses):
+        return _fused.balance_gaps(at_least_float32(*masses), formula)
+    return formula(*masses)
 
 
 def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:

@@ -77,6 +77,10 @@ def test_balance_is_the_formula(empty: bool, formulas: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(found, expected_grad)
 
 
+def gaps(matrices: Sequence[Tensor]) -> Tensor:
+    return functional._balance_gaps([matrix.sum(dim=0) for matrix in matrices])
+
+
 def heads_of_many_sizes() -> list[Tensor]:
     """Neighbours of equal and of unequal K, one with an empty cluster, one without any mass."""
     first, second = (view.detach().clone() for view in views(9, 4))
@@ -102,7 +106,7 @@ def entropies(matrices: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_balance_of_many_matrices(create_graph: bool) -> None:
     matrices = heads_of_many_sizes()
-    value = functional._local_balance_gaps(matrices)
+    value = gaps(matrices)
     assert value.grad_fn is not None
     assert "BalanceGaps" in value.grad_fn.name()
     expected = entropies(matrices)
@@ -125,20 +129,20 @@ def test_balance_of_many_matrices(create_graph: bool) -> None:
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_balance_of_many_matrices_some_without_gradient(create_graph: bool) -> None:
     matrices = heads_of_many_sizes()
-    whole = gradients(functional._local_balance_gaps(matrices), matrices)
+    whole = gradients(gaps(matrices), matrices)
     some = [m if i in (0, 4) else m.detach() for i, m in enumerate(matrices)]
-    value = functional._local_balance_gaps(some)
+    value = gaps(some)
     found = gradients(value, [some[0], some[4]], create_graph=create_graph)
     torch.testing.assert_close(found, (whole[0], whole[4]))
-    assert not functional._local_balance_gaps([m.detach() for m in matrices]).requires_grad
+    assert not gaps([m.detach() for m in matrices]).requires_grad
 
 
 def test_balance_of_one_matrix_in_two_places() -> None:
     first, _ = views()
-    (twice,) = gradients(functional._local_balance_gaps([first, first]), first)
+    (twice,) = gradients(gaps([first, first]), first)
     (once,) = gradients(functional.cluster_entropy_regularizer(first), first)
     torch.testing.assert_close(twice, 2 * once)
-    assert torch.autograd.gradgradcheck(lambda x: functional._local_balance_gaps([x, x * x]), first)
+    assert torch.autograd.gradgradcheck(lambda x: gaps([x, x * x]), first)
 
 
 def test_near_balance_no_row_is_negative() -> None:
@@ -146,7 +150,7 @@ def test_near_balance_no_row_is_negative() -> None:
     for seed in range(50):
         torch.manual_seed(seed)
         near = [(1e-4 * torch.randn(64, k)).softmax(dim=1) for k in (7, 5)]
-        both = functional._local_balance_gaps(near)
+        both = gaps(near)
         alone = [functional.cluster_entropy_regularizer(view) for view in near]
         assert both >= max(alone) - 1e-12
         torch.testing.assert_close(both, alone[0] + alone[1], rtol=1e-3, atol=2e-7)
@@ -199,7 +203,7 @@ def test_batched_gradients() -> None:
     for loss in (
         functional.bca_contrastive_loss(first, second),
         functional.cluster_entropy_regularizer(first),
-        functional._local_balance_gaps([first, second]),
+        gaps([first, second]),
     ):
         (single,) = gradients(loss, first, retain_graph=True)
         (batched,) = gradients(loss, first, grad_outputs=upstream, is_grads_batched=True)
