@@ -283,11 +283,10 @@ def cluster_entropy_regularizer(
     """
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     _check_assignments("assignments", assignments, validate_args)
-    (assignments,) = at_least_float32(assignments)
-    mass = assignments.sum(dim=0)
+    mass = cluster_mass(assignments)
     count: int | Tensor = assignments.shape[0]
     if _spans_ranks(gather_distributed):
-        rows = assignments.new_full((), assignments.shape[0])
+        rows = mass.new_full((), assignments.shape[0])
         mass, count = sum_over_ranks([mass, rows])
     gap = _balance_gaps([mass if running is None else running(mass)])
     return gap * count if reduction == "sum" else gap

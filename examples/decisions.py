@@ -52,6 +52,7 @@ TOGETHER: dict[str, Choice] = {
     for temperature in (0.5, 0.1)
     for weight in (2.0, 0.5)
 }
+AS_PRINTED = {"formulas": "printed"}
 ONE_AT_A_TIME: dict[str, Choice] = {
     "default": DEFAULT,
     PAPERS: ONCE,
@@ -74,11 +75,10 @@ ONE_AT_A_TIME: dict[str, Choice] = {
     "features as they are": ({"normalize": False}, {}),
     "features standardised": ({"normalize": False, "standardize": True}, {}),
     "momentum to 1": ({"follower_schedule": "cosine"}, {}),
-    "as printed": (WIRING, {"formulas": "printed"}),
+    "as printed": (WIRING, AS_PRINTED),
 }
 # Where the printed formulas train: n times less entropy, n times less of both, other temperatures,
 # one formula at a time in its usual form, the recommended wiring. n is the default batch of 128.
-AS_PRINTED = {"formulas": "printed"}
 SCALED = AS_PRINTED | {"entropy_weight": 1 / 128}
 PRINTED: dict[str, Choice] = {
     PAPERS: ONCE,

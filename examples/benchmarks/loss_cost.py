@@ -229,7 +229,7 @@ class Operators(TorchDispatchMode):
     """Counts what computes: neither views of other tensors nor memory without values."""
 
     count = 0
-    without_work = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view")
+    without_work = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
