@@ -609,8 +609,6 @@ def _check_assignments(name: str, assignments: Tensor, validate_args: bool) -> N
     _checks.matrix(name, assignments, "(n, K)", min_columns=2)
     if _checks.flag("validate_args", validate_args):
         _checks.validate_assignments(name, assignments)
-    else:
-        _checks.not_logits(name, assignments)
 
 
 def _aligned(

@@ -8,10 +8,8 @@ theirs, only their sums: O(K²) numbers a head, whatever the number of instances
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -83,23 +81,15 @@ class Layout(NamedTuple):
     pairs: int
     floors: tuple[float, ...]
 
-    @property
-    def spans(self) -> list[slice]:
-        """Where the clusters of each head are among those of all."""
-        ends = [*accumulate(self.num_clusters)]
-        return [slice(end - k, end) for end, k in zip(ends, self.num_clusters, strict=True)]
+    def blocks(self, grams: Tensor) -> list[Tensor]:
+        """Return views (pairs, K, K) of each head's part of `grams`, or of something as long."""
+        parts = grams.split_with_sizes([self.pairs * k**2 for k in self.num_clusters])
+        sizes = zip(parts, self.num_clusters, strict=True)
+        return [part.view(self.pairs, k, k) for part, k in sizes]
 
-    def blocks(self, grams: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """Go through the Gram matrices of all heads, or something as long, head by head.
-
-        Returns:
-            Of every head its entries, (pairs, K, K), and where its clusters are among all.
-        """
-        start = 0
-        for clusters, span in zip(self.num_clusters, self.spans, strict=True):
-            stop = start + self.pairs * clusters**2
-            yield grams[start:stop].view(self.pairs, clusters, clusters), span
-            start = stop
+    def split(self, columns: Tensor, dim: int = -1) -> tuple[Tensor, ...]:
+        """Return views of what belongs to the clusters of each head, of ΣK in dimension `dim`."""
+        return columns.split_with_sizes(self.num_clusters, dim)
 
 
 @dataclass(frozen=True)
@@ -171,10 +161,8 @@ class BatchStatistics:
     @property
     def heads(self) -> tuple[HeadStatistics, ...]:
         """The sums of every head, as views."""
-        return tuple(
-            HeadStatistics(grams, self.masses[:, clusters], self.squares[:, clusters])
-            for grams, clusters in self.layout.blocks(self.grams)
-        )
+        of_heads = map(self.layout.split, (self.masses, self.squares))
+        return tuple(map(HeadStatistics, self.layout.blocks(self.grams), *of_heads))
 
     def flat(self) -> Tensor:
         """Return all sums in one vector, which ranks and micro-batches add up."""
@@ -235,19 +223,21 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(*heads)
         ctx.layout = layout
         ctx.set_materialize_grads(False)
-        # Of all heads and views at once: at the usual sizes, launches cost most.
-        columns = torch.cat(heads, dim=1)
-        every = columns.shape[1] // sum(layout.num_clusters)
-        masses = columns.view(len(columns), every, -1)[:, : layout.views].sum(dim=0)
-        squares = columns.new_empty(0, masses.shape[1])
-        if layout.floors:
-            squares = columns.mul_(columns).sum(dim=0).view(every, -1)
-        grams = columns.new_empty(pairs * sum(k**2 for k in layout.num_clusters))
-        firsts, seconds = heads[: pairs * each], heads[pairs * each :]
+        clusters = sum(layout.num_clusters)
+        masses = heads[0].new_empty(layout.views, clusters)
+        squares = heads[0].new_empty(len(layout.floors), clusters)
+        rows = [row for view in masses.unbind() for row in layout.split(view)]
+        for own, row in zip(heads, rows, strict=False):
+            torch.sum(own, 0, out=row)
+        rows = [row for view in squares.unbind() for row in layout.split(view)]
+        for own, row in zip(heads, rows, strict=False):
+            torch.sum(own * own, 0, out=row)
+        grams = heads[0].new_empty(pairs * sum(k**2 for k in layout.num_clusters))
         # Autocast leaves products alone that are told where to write.
-        for h, (block, _) in enumerate(layout.blocks(grams)):
-            for p, gram in enumerate(block):
-                torch.mm(firsts[p * each + h].T, seconds[p * each + h], out=gram)
+        for head, block in enumerate(layout.blocks(grams) if pairs else ()):
+            for pair, gram in enumerate(block.unbind()):
+                first = pair * each + head
+                torch.mm(heads[first].T, heads[first + pairs * each], out=gram)
         return grams, masses, squares
 
     @staticmethod
@@ -257,20 +247,30 @@ class _Sums(torch.autograd.Function):
         if needs_formula():
             return None, *differentiate(lambda *x: _formula(layout, *x), heads, needed, grads)
         each, pairs, (grams, masses, squares) = len(layout.num_clusters), layout.pairs, grads
-        blocks = [] if grams is None else [block for block, _ in layout.blocks(grams)]
-        found: list[Tensor | None] = []
-        for i, (own, need) in enumerate(zip(heads, needed, strict=True)):
-            view, head = divmod(i, each)
-            clusters = layout.spans[head]
-            grad = None if masses is None or not need else masses[view, clusters].expand_as(own)
-            if blocks and need:
-                gram, other = blocks[head][view % pairs], heads[(i + pairs * each) % len(heads)]
+        found: list[Tensor | None] = [None] * len(heads)
+        if masses is not None:
+            rows = (row for view in masses.unbind() for row in layout.split(view))
+            found[: layout.views * each] = rows
+        if grams is None:
+            expanded = zip(found, heads, strict=True)
+            return None, *(row if row is None else row.expand_as(own) for row, own in expanded)
+        blocks = [block.unbind() for block in layout.blocks(grams)]
+        norms = () if squares is None else squares.unbind()
+        for view in range(2 * pairs):
+            of_view = slice(view * each, (view + 1) * each)
+            if not any(needed[of_view]):
+                break
+            slopes = layout.split(norms[view]) if norms else ()
+            for head, own in enumerate(heads[of_view]):
+                at = view * each + head
+                other, gram = heads[(at + pairs * each) % len(heads)], blocks[head][view % pairs]
                 factors = (other, gram.T if view < pairs else gram)
                 out = torch.empty_like(own, memory_format=torch.contiguous_format)
                 # With the masses' gradient as the bias of the product.
-                product = torch.mm if grad is None else partial(torch.addmm, grad)
-                grad = product(*factors, out=out)
-                if squares is not None:
-                    grad.addcmul_(own, squares[view, clusters], value=2)
-            found.append(grad)
+                mass = found[at]
+                if mass is None:
+                    torch.mm(*factors, out=out)
+                else:
+                    torch.addmm(mass, *factors, out=out)
+                found[at] = out.addcmul_(own, slopes[head], value=2) if slopes else out
         return None, *found
