@@ -209,7 +209,9 @@ def bca_contrastive_loss(
     _check_assignments("assignments0", assignments0, validate_args)
     _check_assignments("assignments1", assignments1, validate_args)
     _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
-    sums = BatchStatistics.of(views=[[assignments0], [assignments1]], contrast=options.similarity)
+    views = {"assignments0": assignments0, "assignments1": assignments1}
+    sums = BatchStatistics.of(views=[[view] for view in views.values()], contrast=similarity)
+    _checks.not_logits(views, sums.mass)
     return _formulas.contrast(_total(sums, gather_distributed, validate_args), options)
 
 
@@ -282,6 +284,7 @@ def cluster_entropy_regularizer(
     _checks.options(reduction=reduction)
     _check_assignments("assignments", assignments, validate_args)
     sums = BatchStatistics.of(views=[[assignments]])
+    _checks.not_logits({"assignments": assignments}, sums.mass)
     return _entropy(_total(sums, gather_distributed, validate_args), reduction)
 
 
@@ -559,7 +562,10 @@ def _batch(
                 f"got {clusters}"
             )
         _check_instances("target_assignments", fixed, name or "assignments[0][0]", like)
-    return BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
+    sums = BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
+    _checks.not_logits(_named("assignments", assignments), sums.mass)
+    _checks.not_logits(_named("target_assignments", fixed))
+    return sums
 
 
 def _total(
@@ -655,14 +661,20 @@ def _check_heads(argument: str, assignments: Heads, validate_args: bool) -> None
         _checks.same_shape(names[1], views[1], names[0], views[0])
 
 
+def _named(argument: str, assignments: Heads) -> dict[str, Tensor]:
+    return {
+        f"{argument}[{view}][{head}]": tensor
+        for view, heads in enumerate(assignments)
+        for head, tensor in enumerate(heads)
+    }
+
+
 def _check_instances(argument: str, assignments: Heads, like: str, other: Tensor) -> None:
     """Check that all heads have the rows of `other`, and its device."""
-    for view, heads in enumerate(assignments):
-        for head, tensor in enumerate(heads):
-            name = f"{argument}[{view}][{head}]"
-            if tensor.shape[0] != other.shape[0]:
-                raise ValueError(
-                    f"{name}: expected n = {other.shape[0]} rows as {like} has, "
-                    f"got shape {tuple(tensor.shape)}"
-                )
-            _checks.same_device(name, tensor, like, other)
+    for name, tensor in _named(argument, assignments).items():
+        if tensor.shape[0] != other.shape[0]:
+            raise ValueError(
+                f"{name}: expected n = {other.shape[0]} rows as {like} has, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        _checks.same_device(name, tensor, like, other)
