@@ -189,7 +189,7 @@ def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | N
     ):
         return
     rows = sum(map(len, tensors))
-    if mass is not None and abs(float(mass()) - rows) <= TOLERANCE * rows:
+    if mass is not None and abs(float(mass().detach()) - rows) <= TOLERANCE * rows:
         return
     for name, tensor in assignments.items():
         low = float(tensor.detach().amin(dim=0).amin())
@@ -200,19 +200,19 @@ def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | N
             )
 
 
-def sums(name: str, total: Tensor, own: Tensor, made_by: str) -> None:
+def sums(name: str, total: Tensor, own: Tensor) -> None:
     """Check the sums over all micro-batches, a vector like `own`."""
     if not isinstance(total, Tensor):
         raise TypeError(
-            f"{name}: expected a vector as {made_by} returns, got {type(total).__name__}"
+            f"{name}: expected a vector as c2bin_statistics returns, got {type(total).__name__}"
         )
     if total.shape != own.shape:
         raise ValueError(
-            f"{name}: expected shape {tuple(own.shape)} as {made_by} returns for the same heads "
-            f"and options, got shape {tuple(total.shape)}"
+            f"{name}: expected shape {tuple(own.shape)} as c2bin_statistics returns for the same "
+            f"heads and options, got shape {tuple(total.shape)}"
         )
     if not total.is_floating_point():
         raise TypeError(
-            f"{name}: expected floating-point sums as {made_by} returns, got {total.dtype}"
+            f"{name}: expected floating-point sums as c2bin_statistics returns, got {total.dtype}"
         )
     same_device(name, total, "the batch", own)
