@@ -183,9 +183,9 @@ def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | N
     """
     tensors = list(assignments.values())
     if (
-        any(tensor.device.type != "cpu" or type(tensor) is not Tensor for tensor in tensors)
+        not is_eager(*tensors)
+        or any(tensor.device.type != "cpu" or type(tensor) is not Tensor for tensor in tensors)
         or torch._C._len_torch_dispatch_stack()
-        or not is_eager(*tensors)
     ):
         return
     rows = sum(map(len, tensors))

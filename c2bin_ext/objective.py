@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,7 @@ class C2BINObjective(nn.Module):
         num_clusters: K of each head.
         normalize: L2-normalise features for the heads, see `MultiScaleClusterHead`.
         hidden_features: width of a hidden layer of the heads, see `MultiScaleClusterHead`.
+        bias: whether the heads' linear map has a bias.
         cluster_weight: see `C2BINLoss`, as all that follow.
         entropy_weight: see `C2BINLoss`.
         temperature: see `C2BINLoss`.
@@ -70,6 +72,7 @@ class C2BINObjective(nn.Module):
         num_clusters: Sequence[int] = (32, 64, 128),
         normalize: bool = True,
         hidden_features: int | None = None,
+        bias: bool = True,
         cluster_weight: float = 0.5,
         entropy_weight: float = 1.0,
         temperature: float = 0.1,
@@ -81,12 +84,12 @@ class C2BINObjective(nn.Module):
         gather_distributed: bool = False,
         validate_args: bool = False,
     ) -> None:
-        given = locals()
+        given = dict(locals())
         super().__init__()
         self.head = MultiScaleClusterHead(
-            in_features, num_clusters, normalize=normalize, hidden_features=hidden_features
+            in_features, num_clusters, bias, normalize, hidden_features
         )
-        own = {"self", "__class__", "in_features", "num_clusters", "normalize", "hidden_features"}
+        own = inspect.signature(MultiScaleClusterHead).parameters.keys() | {"self", "__class__"}
         options = {name: value for name, value in given.items() if name not in own}
         self.loss = C2BINLoss(**options)
 

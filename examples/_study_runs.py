@@ -76,10 +76,10 @@ def hush() -> None:
 
 
 def objective(loss: dict[str, Any]) -> C2BINLoss:
-    """Return C2BIN's loss: the recommended or, with `formulas`, the printed one with options."""
+    """Return C2BIN's loss: the default or, with `formulas`, the printed one, with options."""
     options = dict(loss)
     printed = options.pop("formulas", "") == "printed"
-    return (C2BINLoss.paper if printed else C2BINLoss.recommended)(**options)
+    return (C2BINLoss.paper if printed else C2BINLoss)(**options)
 
 
 def settings_of(
@@ -127,7 +127,6 @@ def run(
     images: Images,
     folder: Path,
     views: Path | None,
-    whole: bool,
 ) -> None:
     """Train from the last finished epoch, score and keep; the top level of a process of its own."""
     hush()
@@ -159,8 +158,7 @@ def run(
     test = features_of(model.backbone, images.test, images.test_labels)
     result = common_scores(train, test, own_heads(model, test.features), images, seed)
     result |= {"seconds": sum(row["seconds"] for row in curve), "curve": curve}
-    if whole:
-        result["linear"] = evaluate.linear_probe(train, test, seed=seed).accuracy
+    result["linear"] = evaluate.linear_probe(train, test, seed=seed).accuracy
     (folder / "last.ckpt").unlink(missing_ok=True)
     write(folder / "result.json", json.dumps(result, indent=1))
 
@@ -209,8 +207,7 @@ class Bench:
             trials: What to run.
             epochs: Of each.
             seeds: Each trial is run with each.
-            final: Score on the test images, linear probe included, and not on the validation
-                images.
+            final: Score on the test images, and not on the validation images.
         """
         images = self.images if final else self.validation
         pixels = images.fingerprint()
@@ -227,7 +224,7 @@ class Bench:
         }
         views = self.views(images, sorted({s["seed"] for s in missing.values()}))
         jobs = [
-            delayed(run)(settings, self.args, images, folder, views.get(settings["seed"]), final)
+            delayed(run)(settings, self.args, images, folder, views.get(settings["seed"]))
             for folder, settings in missing.items()
         ]
         # Results come in any order: what matters is that each is on the disk.
@@ -352,20 +349,20 @@ def about(bench: Bench) -> dict[str, Any]:
 
 
 SCORES = (
-    "Accuracies in percent, of frozen features on test images; k-means with as many clusters as "
+    "Accuracies in percent, of frozen features on these images; k-means with as many clusters as "
     "classes; the heads' NMI and ACC are means over heads. ACC matches clusters one to one with "
     "classes, so it falls as K grows."
 )
 
 
-def sentence(bench: Bench) -> str:
-    """Return what the numbers of a table were made with."""
+def sentence(bench: Bench, scored: str = "test") -> str:
+    """Return what the numbers of a table were made with; `scored` names the images of scores."""
     stated = about(bench)["settings"]
     counts, seeds = stated["images"], stated["seeds"]
     listed = ", ".join(map(str, seeds))
     over = f"seed {listed}" if len(seeds) == 1 else f"mean ± standard deviation of seeds {listed}"
     return (
-        f"{stated['source']}: {counts['train']} training and {counts['test']} test images; "
+        f"{stated['source']}: {counts['train']} training and {counts[scored]} {scored} images; "
         f"backbone {stated['backbone']}, batch {stated['batch_size']}, {over}."
     )
 

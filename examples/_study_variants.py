@@ -60,6 +60,59 @@ class AssignmentQueue(nn.Module):
         return parts[:heads_of], parts[heads_of:]
 
 
+class RunningStatistics(nn.Module):
+    """Exponentially decayed mean of batch sums; the past is constant, the batch has the gradient.
+
+    Formula: `A_t = (S_t + β S_{t-1} + β² S_{t-2} + …) / (1 + β + β² + …)`.
+
+    Args:
+        decay: β, 0 <= β < 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: expected a number in [0, 1), got {decay!r}")
+        self.decay = decay
+        self.sums: Tensor | float = 0.0
+        self.weight = 0.0
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Return smoothed sums and take in those of a batch; the mean is exact from the first."""
+        self.sums = self.decay * self.sums + batch
+        self.weight = self.decay * self.weight + 1
+        return self.sums / self.weight
+
+
+class Smoothed(nn.Module):
+    """`C2BINLoss` whose cluster terms are those of statistics carried over steps."""
+
+    def __init__(self, loss: C2BINLoss, decay: float) -> None:
+        super().__init__()
+        self.loss, self.running = loss, RunningStatistics(decay)
+
+    def forward(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        heads: Views,
+        target_assignments: None = None,
+        statistics: None = None,
+    ) -> Any:
+        """Return the loss and its parts, as `C2BINLoss` does."""
+        loss = self.loss
+        own = loss.statistics(predictions, targets, heads)
+        # Cosines and count are of this step alone.
+        step = len(predictions) + 1 if loss.symmetric_alignment else 2
+        total = torch.cat([own[:step], self.running(own[step:])])
+        found = loss(predictions, targets, heads, statistics=total)
+        clusters = found.contrast + loss.entropy_weight * found.entropy
+        # The batch's own share of the gradient. Giving it the whole, at lagging statistics, makes
+        # the heads overshoot: clusters die.
+        clusters = clusters.detach() + (clusters - clusters.detach()) / self.running.weight
+        return found._replace(loss=found.alignment + loss.cluster_weight * clusters)
+
+
 class VariedC2BIN(C2BIN):
     """C2BIN with other wirings of its cluster branch.
 
@@ -69,6 +122,7 @@ class VariedC2BIN(C2BIN):
         standardize: Standardise features over the batch for the heads, in place of `normalize`.
         warmup: Part of the run in which the cluster weight rises from 0.
         queue: Past images whose assignments stand beside the batch's in the cluster terms.
+        decay: Of `RunningStatistics` of the cluster terms; 0 for none.
         **c2bin: See `C2BIN`.
     """
 
@@ -80,18 +134,22 @@ class VariedC2BIN(C2BIN):
         standardize: bool = False,
         warmup: float = 0.0,
         queue: int = 0,
+        decay: float = 0.0,
         **c2bin: Any,
     ) -> None:
         super().__init__(backbone, feature_dim, **c2bin)
-        if queue and self.against == "follower":
-            raise ValueError("queue: expected 0 against the follower, whose rows it does not keep")
-        clusters = self.cluster_head.num_clusters
+        if (queue or decay) and self.against == "follower":
+            raise ValueError("queue, decay: expected 0 against the follower, got another number")
+        objective = self.criterion
         if standardize:
-            self.cluster_head = StandardizedHead(feature_dim, clusters)
+            objective.head = StandardizedHead(feature_dim, objective.head.num_clusters)
         self.warmup = warmup
-        self.cluster_weight = self.criterion.cluster_weight
+        self.cluster_weight = objective.loss.cluster_weight
         if queue:
-            self.criterion = Queued(self.criterion, AssignmentQueue(queue, clusters))
+            past = AssignmentQueue(queue, objective.head.num_clusters)
+            objective.loss = Queued(objective.loss, past)
+        elif decay:
+            objective.loss = Smoothed(objective.loss, decay)
 
     def on_train_batch_start(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Set the cluster weight of this step."""
@@ -99,7 +157,7 @@ class VariedC2BIN(C2BIN):
         if self.warmup:
             steps = self.warmup * int(self.trainer.estimated_stepping_batches)
             part = min(1.0, self.global_step / max(1.0, steps))
-            self.criterion.cluster_weight = self.cluster_weight * part
+            self.criterion.loss.cluster_weight = self.cluster_weight * part
 
 
 class Queued(nn.Module):
@@ -115,6 +173,7 @@ class Queued(nn.Module):
         targets: Sequence[Tensor],
         heads: Views,
         target_assignments: None = None,
+        statistics: None = None,
     ) -> Any:
         """Return the loss and its parts, as `C2BINLoss` does."""
         loss = self.loss
@@ -136,4 +195,4 @@ class Queued(nn.Module):
         return own._replace(loss=total, contrast=contrast, entropy=entropy)
 
 
-VARIATIONS = ("standardize", "warmup", "queue")
+VARIATIONS = ("standardize", "warmup", "queue", "decay")

@@ -3,6 +3,7 @@
     python examples/decisions.py                   the default with one thing changed at a time
     python examples/decisions.py together          three choices, in every combination
     python examples/decisions.py printed           the printed formulas with other weights
+    python examples/decisions.py entropy --validation 250 --choose        the entropy weight
     python examples/decisions.py many_clusters --num-clusters 512 1024 --batch-size 64
     python examples/decisions.py TABLE --data FOLDER --limit 5000 --processes 2
 
@@ -78,7 +79,7 @@ ONE_AT_A_TIME: dict[str, Choice] = {
     "as printed": (WIRING, AS_PRINTED),
 }
 # Where the printed formulas train: n times less entropy, n times less of both, other temperatures,
-# one formula at a time in its usual form, the recommended wiring. n is the default batch of 128.
+# one formula at a time in its usual form, the default wiring. n is the default batch of 128.
 SCALED = AS_PRINTED | {"entropy_weight": 1 / 128}
 PRINTED: dict[str, Choice] = {
     PAPERS: ONCE,
@@ -103,20 +104,22 @@ MANY_CLUSTERS: dict[str, Choice] = {
     "weight 0.2": (ONCE[0], ONCE[1] | {"cluster_weight": 0.2}),
     # A step has a tenth of the smoothed statistics and of their gradient: with the paper's weight
     # the cluster terms pull like those of a tenth of it, with ten times the weight like its own.
-    "statistics over 10 steps": (ONCE[0], ONCE[1] | {"running_decay": 0.9}),
+    "statistics over 10 steps": (ONCE[0] | {"decay": 0.9}, ONCE[1]),
     "statistics over 10 steps, weight 20": (
-        ONCE[0],
-        ONCE[1] | {"running_decay": 0.9, "cluster_weight": 20.0},
+        ONCE[0] | {"decay": 0.9},
+        ONCE[1] | {"cluster_weight": 20.0},
     ),
     "queue of 512 images": (ONCE[0] | {"queue": 512}, ONCE[1]),
     "against the runner": ({"against": "runner"}, {}),
     "against the runner, weight 0.05": ({"against": "runner"}, {"cluster_weight": 0.05}),
-    "against the runner, statistics over 10 steps": (
-        {"against": "runner"},
-        {"running_decay": 0.9},
-    ),
+    "against the runner, statistics over 10 steps": ({"against": "runner", "decay": 0.9}, {}),
+}
+ENTROPY: dict[str, Choice] = {
+    f"entropy weight {weight:g}": ({}, {"entropy_weight": weight})
+    for weight in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 }
 TABLES = {
+    "entropy": ENTROPY,
     "decisions": ONE_AT_A_TIME,
     "together": TOGETHER,
     "printed": PRINTED,
@@ -127,10 +130,7 @@ TABLES = {
 def trial(choice: Choice, clusters: list[int]) -> Trial:
     """Return the run of one choice, with heads of `clusters` unless it says otherwise."""
     options, loss = choice
-    options = {"num_clusters": clusters, **options}
-    if "running_decay" in loss:
-        loss = {**loss, "num_clusters": options["num_clusters"]}
-    return Trial("c2bin", options, loss)
+    return Trial("c2bin", {"num_clusters": clusters, **options}, loss)
 
 
 def run(args: Any) -> None:
@@ -144,10 +144,12 @@ def run(args: Any) -> None:
         for name, choice in TABLES[args.table].items()
         if name in (args.only or TABLES[args.table])
     }
-    results = bench.results(args.table, [*trials.values()], args.epochs, args.seeds, final=True)
+    scored = "validation" if args.choose else "test"
+    final = not args.choose
+    results = bench.results(args.table, [*trials.values()], args.epochs, args.seeds, final)
     found = dict(zip(trials, results, strict=True))
     table = markdown(["C2BIN", *HEAD], [[name, *cells(runs)] for name, runs in found.items()])
-    text = f"{table}\n\n{sentence(bench)} {args.epochs} epochs. {SCORES}"
+    text = f"{table}\n\n{sentence(bench, scored)} {args.epochs} epochs. {SCORES}"
     record = about(bench)
     record["settings"] |= {"epochs": args.epochs, "num_clusters": args.num_clusters}
     record["choices"] = [
@@ -192,7 +194,14 @@ def main(argv: list[str] | None = None) -> int:
         default=0,
         help="leave out as many training images, as study.py does: with its --out, runs are shared",
     )
+    add(
+        "--choose",
+        action="store_true",
+        help="score on the --validation images in place of the test images: to choose a default by",
+    )
     args = parse(parser, argv, epochs=1, num_clusters=2, validation=0)
+    if args.choose and not args.validation:
+        parser.error("--choose: expected --validation N, the images to choose by, got none")
     unknown = sorted(set(args.only or ()) - set(TABLES[args.table]))
     if unknown:
         rows = "; ".join(TABLES[args.table])

@@ -103,7 +103,7 @@ class Run:
             more["queue_size"] = queue_size(len(self.images.train))
         if method == "c2bin":
             more["num_clusters"] = tuple(self.args.num_clusters)
-            more["loss"] = C2BINLoss.recommended(**self.args.loss)
+            more["loss"] = C2BINLoss(**{"gather_distributed": True, **self.args.loss})
             more["against"] = self.args.against
             more["normalize"] = self.args.normalize
         lr = LR_PER_IMAGE * self.args.batch_size
@@ -346,10 +346,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     at_least(parser, args, {**least, "limit": 1, "limit_test": 1, "num_clusters": 2})
     try:
         args.loss = dict(map(option_of, args.loss))
-        if args.loss.get("running_decay"):
-            args.loss.setdefault("num_clusters", args.num_clusters)
-        if C2BINLoss.recommended(**args.loss).running is not None and args.against == "follower":
-            raise ValueError("running_decay wants --against runner")
+        C2BINLoss(**args.loss)
     except (TypeError, ValueError) as error:
         parser.error(f"--loss: {error}")
     distinct_seeds(parser, args)
@@ -386,7 +383,7 @@ def settings_of(args: argparse.Namespace, images: Images) -> dict[str, Any]:
     settings |= {method: options for method, (_, _, options) in METHODS.items()}
     settings |= {"queue_size": queue_size(len(images.train))}
     # With all defaults: when they change, results are others.
-    settings |= {"objective": " ".join(repr(C2BINLoss.recommended(**args.loss)).split())}
+    settings |= {"objective": " ".join(repr(C2BINLoss(**args.loss)).split())}
     return settings | {name: versions()[name] for name in ("torch", "lightly", "c2bin_ext")}
 
 

@@ -76,7 +76,7 @@ class WatchedC2BIN(C2BIN):
     def look(self, branches: Branches) -> dict[str, float]:
         """Return the norms of this step."""
         features = branches.features
-        loss = self.criterion
+        loss = self.criterion.loss
         heads = tuple(map(self.cluster_head, features))
         terms: dict[str, Tensor] = {}
         for view0, view1 in zip(*heads, strict=True):

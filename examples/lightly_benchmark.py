@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     settings["objective"] = (
         f"against the runner, {C2BINLoss(**TABLE_7)!r}"
         if args.lightly
-        else f"against the follower, features of one length, {C2BINLoss.recommended()!r}"
+        else f"against the follower, L2-normalised features, {C2BINLoss()!r}"
     )
     versions = {n: version(n) for n in ("torch", "torchvision", "lightly", "pytorch-lightning")}
     stored = args.out / "settings.json"

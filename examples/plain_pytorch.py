@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import affine_grid, grid_sample
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+from c2bin_ext import C2BINObjective
 from c2bin_ext.metrics import clustering_accuracy, knn_accuracy
 
 
@@ -32,28 +32,29 @@ train, test = torch.randperm(len(images)).split([1437, 360])
 
 backbone = nn.Sequential(nn.Conv2d(1, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten())
 projector, predictor = mlp(1024, 64), mlp(64, 64)
-head = MultiScaleClusterHead(in_features=1024, num_clusters=(10, 20, 40))
-runner = nn.Sequential(backbone, projector)
-follower = AveragedModel(runner, multi_avg_fn=get_ema_multi_avg_fn(0.99)).requires_grad_(False)
-optimizer = torch.optim.AdamW(nn.ModuleList([runner, predictor, head]).parameters(), lr=1e-3)
-criterion = C2BINLoss()
+objective = C2BINObjective(in_features=1024, num_clusters=(10, 20, 40))  # cluster heads and loss
+runner = nn.Sequential(backbone, projector)  # the online network
+average = AveragedModel(runner, multi_avg_fn=get_ema_multi_avg_fn(0.99)).requires_grad_(False)
+follower_backbone, follower_projector = average.module  # the EMA target network
+optimizer = torch.optim.AdamW(nn.ModuleList([runner, predictor, objective]).parameters(), lr=1e-3)
 
 for step in range(1, steps + 1):
     batch = images[train[torch.randint(len(train), (256,))]]
     views = augment(batch), augment(batch)
     features = [backbone(view) for view in views]
     predictions = [predictor(projector(feature)) for feature in features]
-    targets = [follower(view) for view in views]
-    output = criterion(predictions, targets, [head(feature) for feature in features])
+    followed = [follower_backbone(view) for view in views]
+    targets = [follower_projector(feature) for feature in followed]
+    output = objective(predictions, targets, features, target_features=followed)
     optimizer.zero_grad()
     output.loss.backward()
     optimizer.step()
-    follower.update_parameters(runner)
+    average.update_parameters(runner)
     if step % 100 == 0 or step == steps:
         print(step, *(f"{name} {value:.3f}" for name, value in output._asdict().items()))
 
 with torch.no_grad():
     features = backbone.eval()(images)
-    clusters = head(features[test])[0].argmax(dim=1)
+    clusters = objective.head(features[test])[0].argmax(dim=1)
 print("kNN(5):", knn_accuracy(features[train], labels[train], features[test], labels[test], 5, 0.1))
 print("ACC of the 10-cluster head:", clustering_accuracy(labels[test], clusters))

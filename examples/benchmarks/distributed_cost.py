@@ -27,11 +27,8 @@ import torch.multiprocessing as mp
 from _hardware import processor
 from torch import Tensor
 
-from c2bin_ext.functional import (
-    bca_contrastive_loss,
-    c2bin_loss,
-    cluster_entropy_regularizer,
-)
+from c2bin_ext.functional import multi_scale_cluster_loss
+from c2bin_ext.statistics import BatchStatistics
 
 HEADS = (32, 64, 128)
 LARGE = (512, 1024, 2048)
@@ -94,20 +91,14 @@ class Gather(torch.autograd.Function):
 
 
 def by_sums(view0: Heads, view1: Heads) -> Tensor:
-    embedding = view0[0].new_ones(len(view0[0]), 1)
-    pair = (embedding, embedding)
-    return c2bin_loss(pair, pair, (view0, view1), gather_distributed=True).loss
+    return multi_scale_cluster_loss((view0, view1), gather_distributed=True).loss
 
 
 def by_gathering(view0: Heads, view1: Heads) -> Tensor:
     """Both views' heads side by side in one gather, then the loss of the whole on every rank."""
     rows = Gather.apply(torch.cat([*view0, *view1], dim=1))
     heads = rows.split([*HEADS, *HEADS], dim=1)
-    total = rows.new_zeros(())
-    for first, second in zip(heads[: len(HEADS)], heads[len(HEADS) :], strict=True):
-        gaps = cluster_entropy_regularizer(first) + cluster_entropy_regularizer(second)
-        total = total + 2 * (bca_contrastive_loss(first, second) + gaps / 2)
-    return total
+    return multi_scale_cluster_loss((heads[: len(HEADS)], heads[len(HEADS) :])).loss
 
 
 def worker(rank: int, world: int, folder: str, rounds: int) -> None:
@@ -162,8 +153,9 @@ def measured(world: int, rounds: int) -> dict[str, Any]:
 
 
 def bytes_of_sums(heads: tuple[int, ...]) -> int:
-    """Two cosines and the count; per head the Gram matrix, two views' masses and squared norms."""
-    return 4 * (3 + sum(k * k + 4 * k for k in heads))
+    """What `BatchStatistics` of these heads has to send."""
+    view = [torch.empty(1, clusters, device="meta") for clusters in heads]
+    return BatchStatistics.of(views=[view, view], contrast="cosine").flat().nbytes
 
 
 def computed(

@@ -334,7 +334,7 @@ def save(model: Model, settings: Settings, path: Path) -> None:
     weights = {
         name: value.detach().cpu()
         for name, value in model.state_dict().items()
-        if name.startswith(("backbone.", "cluster_head."))
+        if name.startswith(("backbone.", "criterion.head."))
     }
     torch.save({"state_dict": weights, _KEY: asdict(settings)}, path)
 
@@ -353,7 +353,7 @@ def load(path: Path) -> tuple[Model, Settings]:
         settings = Settings(**{**stored, "clusters": tuple(stored["clusters"])})
         model = build(settings)
         load_backbone(content, model.backbone)
-        load_backbone(content, model.cluster_head, prefix="cluster_head.")
+        load_backbone(content, model.cluster_head, prefix="criterion.head.")
     except Exception as error:  # whatever a foreign file makes torch raise
         raise ExploreError(
             f"--checkpoint {path} does not fit: expected the model.ckpt that this command wrote "

@@ -101,7 +101,7 @@ class C2BINResNet50(C2BIN):
             2048,
             num_clusters=num_clusters,
             normalize=normalize,
-            loss=C2BINLoss(**TABLE_7) if loss is None else loss,
+            loss=C2BINLoss(**TABLE_7, gather_distributed=True) if loss is None else loss,
             against=against,
             # Table 7 and lightly's BYOL alike.
             hidden_dim=4096,

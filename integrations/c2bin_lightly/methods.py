@@ -25,11 +25,11 @@ from lightly.models.utils import (
 )
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
-from pytorch_lightning.utilities import CombinedLoader
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+from c2bin_ext import C2BINLoss, C2BINObjective, MultiScaleClusterHead
 from c2bin_ext.functional import cluster_entropy_regularizer
 from c2bin_ext.monitoring import ClusterMonitor, warn_if_more_clusters_than_images
 from c2bin_lightly._epochs import SeededEpochs
@@ -76,6 +76,8 @@ def trained_by_decay(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], 
 class _Method(SeededEpochs, ABC):
     """What the four methods share: the backbone, the batch contract, logging and optimisation."""
 
+    criterion: Any  # the loss, which each method makes
+
     def __init__(
         self, backbone: nn.Module, feature_dim: int, **optimization: Unpack[Optimization]
     ) -> None:
@@ -104,11 +106,12 @@ class _Method(SeededEpochs, ABC):
         return features
 
     def setup(self, stage: str) -> None:
-        """Make every loss see the whole global batch when there is more than one process."""
+        """Make the loss see the whole global batch when there is more than one process."""
         if self.trainer.world_size > 1:
-            for module in self.modules():
+            # Of MoCo v2 also its queue.
+            for module in self.criterion.modules():
                 if hasattr(module, "gather_distributed"):
-                    setattr(module, "gather_distributed", True)  # noqa: B010
+                    module.gather_distributed = True
 
     @abstractmethod
     def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
@@ -388,7 +391,7 @@ class BYOL(_Bootstrap):
             backbone, feature_dim, projector, follower_momentum, follower_schedule, **optimization
         )
         self.predictor = BYOLPredictionHead(projection_dim, hidden_dim, projection_dim)
-        self.criterion: nn.Module = NegativeCosineSimilarity()
+        self.criterion = NegativeCosineSimilarity()
 
     def losses(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
         """Return 1 − cosine, averaged over both directions, under `"loss"`."""
@@ -434,13 +437,14 @@ class C2BIN(BYOL):
             to (n, feature_dim).
         feature_dim: Length of one feature vector.
         num_clusters: K of each head.
-        normalize: Scale features to one length for the heads, see `MultiScaleClusterHead`, which
-            trains better; not in the paper.
-        loss: The objective, for options other than those of `C2BINLoss.recommended`. It is not
+        normalize: L2-normalise features for the heads, see `MultiScaleClusterHead`, which trains
+            better; not in the paper.
+        loss: The loss, for options other than the defaults of `C2BINLoss`. It stays as it is: over
+            several processes give `gather_distributed=True`, which the default loss has. It is not
             stored in checkpoints: give it again, like `backbone`, to `load_from_checkpoint`.
         against: What a view's assignments are contrasted with: those of the other view from the
             features of the `"follower"`, without gradient, which trains better; or of the
-            `"runner"`, as in the paper and as a loss with `running_decay` wants it.
+            `"runner"`, as in the paper.
         **byol: See `BYOL` (hidden_dim, projection_dim, follower_momentum, follower_schedule) and
             `Optimization`.
 
@@ -451,6 +455,8 @@ class C2BIN(BYOL):
         >>> [tuple(p.shape) for p in model.assignments(torch.rand(5, 3, 2, 2))]
         [(5, 4), (5, 6)]
     """
+
+    criterion: C2BINObjective
 
     def __init__(
         self,
@@ -467,14 +473,29 @@ class C2BIN(BYOL):
         if against not in ("runner", "follower"):
             raise ValueError(f"against must be 'runner' or 'follower', got {against!r}")
         self.against = against
-        self.cluster_head = MultiScaleClusterHead(feature_dim, num_clusters, normalize=normalize)
-        self.criterion = C2BINLoss.recommended() if loss is None else loss
-        if against == "follower" and getattr(self.criterion, "running", None) is not None:
-            raise ValueError(
-                "against must be 'runner' for a loss with running_decay, whose statistics are of "
-                "two views of the runner; got 'follower'"
-            )
+        # Over one process gathering does nothing.
+        self.criterion = C2BINObjective(
+            feature_dim, num_clusters, normalize=normalize, gather_distributed=True
+        )
+        if loss is not None:
+            self.criterion.loss = loss
         self.monitor = ClusterMonitor(self.cluster_head.num_clusters)
+
+    @property
+    def cluster_head(self) -> MultiScaleClusterHead:
+        """The cluster heads, which train with the runner."""
+        return self.criterion.head
+
+    def setup(self, stage: str) -> None:
+        """Say so, once, when a loss that was given does not see the whole global batch."""
+        if self.trainer.world_size > 1 and not getattr(
+            self.criterion.loss, "gather_distributed", True
+        ):
+            rank_zero_warn(
+                "loss: gather_distributed is False, so each of the "
+                f"{self.trainer.world_size} processes contrasts the clusters of its own images "
+                "only; C2BINLoss(gather_distributed=True) contrasts those of the global batch."
+            )
 
     def assignments(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return each head's soft assignments (n, K) of images (n, channels, height, width)."""
@@ -525,16 +546,14 @@ class C2BIN(BYOL):
 
     def objective(self, branches: Branches) -> dict[str, Tensor]:
         """Return the total and its parts, and each head's effective number of clusters."""
-        heads = tuple(map(self.cluster_head, branches.features))
-        fixed = None
-        if self.against == "follower":
-            with torch.no_grad():
-                fixed = tuple(map(self.cluster_head, branches.followed))
         result = self.criterion(
-            branches.predictions, branches.targets, heads, target_assignments=fixed
+            branches.predictions,
+            branches.targets,
+            branches.features,
+            target_features=branches.followed if self.against == "follower" else None,
         )._asdict()
         with torch.no_grad():
-            for i, assignments in enumerate(heads[0]):
+            for i, assignments in enumerate(self.cluster_head(branches.features[0])):
                 k = assignments.shape[1]
                 # The regularizer is log K − H of the mean assignment, so exp(H) is K times exp of
                 # its negative.

@@ -18,7 +18,7 @@ from solo.utils.misc import omegaconf_select
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+from c2bin_ext import C2BINObjective, MultiScaleClusterHead
 from c2bin_ext.functional import bootstrap_alignment_loss
 from c2bin_ext.monitoring import ClusterMonitor, warn_if_more_clusters_than_images
 
@@ -26,16 +26,11 @@ __all__ = ["C2BIN"]
 
 # Table 5 of the paper.
 _WIDTHS = {"proj_hidden_dim": 512, "proj_output_dim": 512, "pred_hidden_dim": 512}
-_RECOMMENDED = C2BINLoss.recommended(gather_distributed=True)  # does nothing in one process
-_LOSS = {
-    name: getattr(_RECOMMENDED, name, p.default)
-    for name, p in inspect.signature(C2BINLoss).parameters.items()
-}
-_HEAD = {
+_OBJECTIVE = {
     name: p.default
-    for name, p in inspect.signature(MultiScaleClusterHead).parameters.items()
+    for name, p in inspect.signature(C2BINObjective).parameters.items()
     if name != "in_features"
-} | {"normalize": True}
+} | {"gather_distributed": True}  # which does nothing in one process
 _AGAINST = ("follower", "runner")
 _CHECKPOINT_KEY = "c2bin_method_kwargs"
 
@@ -61,7 +56,7 @@ class _WholeFiles(TorchCheckpointIO):  # type: ignore[misc]
 class C2BIN(BYOL):  # type: ignore[misc]
     """C2BIN: solo-learn's BYOL whose backbone also learns to contrast clusters of the batch.
 
-    Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, see `c2bin_ext.C2BINLoss`. The
+    Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, see `c2bin_ext.C2BINObjective`. The
     cluster heads act on the runner's backbone features. With small crops (multicrop), `L_align`
     is the mean over all pairs of a large crop, as the follower sees it, and any other crop, as the
     runner predicts it, which are the pairs of solo-learn's BYOL; clusters are contrasted between
@@ -75,14 +70,11 @@ class C2BIN(BYOL):  # type: ignore[misc]
 
     Args:
         cfg: Of solo-learn, with a section `momentum` and in `method_kwargs`, all optional, the
-            arguments of `C2BINLoss`, by default those of `C2BINLoss.recommended`;
-            `num_clusters`, `bias` and `normalize` of `MultiScaleClusterHead`, the last by default
-            on, which trains better and is not in the paper; and
-            `proj_hidden_dim`, `proj_output_dim` and `pred_hidden_dim` of BYOL, 512 each.
-            `gather_distributed` is on unless set otherwise. `against`: contrast the runner's
-            clusters of a view with those of the other view from the `"follower"`, without gradient,
-            which trains better; or from the `"runner"`, as in the paper and as `running_decay`
-            wants it.
+            arguments of `C2BINObjective` with its defaults, except that `gather_distributed` is on;
+            and `proj_hidden_dim`, `proj_output_dim` and `pred_hidden_dim` of BYOL, 512 each.
+            `against`: contrast the runner's clusters of a view with those of the other view from
+            the `"follower"`, without gradient, which trains better; or from the `"runner"`, as in
+            the paper.
 
     Raises:
         TypeError: An entry of `method_kwargs` of the wrong type.
@@ -102,14 +94,18 @@ class C2BIN(BYOL):  # type: ignore[misc]
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         kwargs = _plain(self.cfg.method_kwargs)
-        self.cluster_head = MultiScaleClusterHead(
-            self.features_dim, **{name: kwargs[name] for name in _HEAD}
+        self.objective = C2BINObjective(
+            self.features_dim, **{name: kwargs[name] for name in _OBJECTIVE}
         )
-        self.loss_function = C2BINLoss(**{name: kwargs[name] for name in _LOSS})
         self.cluster_monitor = ClusterMonitor(self.cluster_head.num_clusters)
         # OmegaConf's lists end up in the state of torch's older optimizers, and torch.load, which
         # main_linear calls, refuses them.
         self.extra_optimizer_args = _plain(self.cfg.optimizer.kwargs)
+
+    @property
+    def cluster_head(self) -> MultiScaleClusterHead:
+        """The cluster heads, which train with the runner."""
+        return self.objective.head
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -127,7 +123,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
         """
         cfg.momentum = omegaconf_select(cfg, "momentum", {})
         cfg = super(C2BIN, C2BIN).add_and_assert_specific_cfg(cfg)
-        defaults: dict[str, Any] = _WIDTHS | _LOSS | _HEAD | {"against": _AGAINST[0]}
+        defaults: dict[str, Any] = _WIDTHS | _OBJECTIVE | {"against": _AGAINST[0]}
         unknown = sorted(set(cfg.method_kwargs) - set(defaults))
         if unknown:
             raise ValueError(
@@ -145,14 +141,8 @@ class C2BIN(BYOL):  # type: ignore[misc]
             raise ValueError(
                 f"method_kwargs.against: expected one of {_AGAINST}, got {kwargs['against']!r}"
             )
-        if kwargs["against"] == "follower" and kwargs["running_decay"]:
-            raise ValueError(
-                "method_kwargs.against: expected 'runner' with running_decay, whose statistics are "
-                "those of two views of the runner, got 'follower'"
-            )
-        # The constructors check the rest and name the argument.
-        C2BINLoss(**{name: kwargs[name] for name in _LOSS})
-        MultiScaleClusterHead(1, **{name: kwargs[name] for name in _HEAD})
+        # The constructor checks the rest and names the argument.
+        C2BINObjective(1, **{name: kwargs[name] for name in _OBJECTIVE})
         return cfg
 
     @property
@@ -179,17 +169,17 @@ class C2BIN(BYOL):  # type: ignore[misc]
         # The grandparent's: BYOL's own would add BYOL's loss.
         out = super(BYOL, self).training_step(batch, batch_idx)
         predictions, targets = out["p"], out["momentum_z"]
-        fixed = None
-        if self.cfg.method_kwargs.against == "follower":
-            with torch.no_grad():
-                fixed = [self.cluster_head(features) for features in out["momentum_feats"]]
-        terms = self.loss_function(
-            predictions[:2], targets, out["assignments"], target_assignments=fixed
+        against_follower = self.cfg.method_kwargs.against == "follower"
+        terms = self.objective(
+            predictions[:2],
+            targets,
+            out["feats"][:2],
+            target_features=out["momentum_feats"] if against_follower else None,
         )
         alignment = terms.alignment
         small = predictions[self.num_large_crops :]
         if small:
-            seen = targets if self.loss_function.symmetric_alignment else targets[1:]
+            seen = targets if self.objective.loss.symmetric_alignment else targets[1:]
             others = torch.stack([bootstrap_alignment_loss(p, z) for z in seen for p in small])
             alignment = (len(seen) * alignment + others.sum()) / (len(seen) + len(others))
         self.log_dict(
@@ -237,7 +227,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
                 self.last_step, self.trainer.estimated_stepping_batches
             )
         if self.trainer.is_global_zero:
-            ranks = self.trainer.world_size if self.loss_function.gather_distributed else 1
+            ranks = self.trainer.world_size if self.objective.loss.gather_distributed else 1
             warn_if_more_clusters_than_images(
                 self.cluster_head.num_clusters, self.batch_size * ranks
             )

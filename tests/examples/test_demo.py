@@ -133,7 +133,7 @@ class TestSmoke:
             args = demo.parse(["--smoke", *more])
             model: Any = demo.Run(args, images, True).model("c2bin", 0)
             assert (model.against, model.cluster_head.normalize) == (against, normalize)
-            assert model.criterion.temperature == temperature
+            assert model.criterion.loss.temperature == temperature
             settings = demo.settings_of(args, images)
             assert (settings["against"], settings["normalize"]) == (against, normalize)
 

@@ -244,8 +244,8 @@ def expected_outputs(run: Run) -> tuple[torch.Tensor, list[torch.Tensor]]:
         features = model.eval().backbone(torch.stack(rows))
     lengths = features.square().sum(dim=1, keepdim=True).sqrt()
     directions = features.shape[1] ** 0.5 * features / lengths
-    logits = directions @ weights["cluster_head.linear.weight"].T
-    logits += weights["cluster_head.linear.bias"]
+    logits = directions @ weights["criterion.head.linear.weight"].T
+    logits += weights["criterion.head.linear.bias"]
     ends = np.cumsum([0, *settings.clusters])
     return features, [logits[:, a:b].softmax(dim=1) for a, b in itertools.pairwise(ends)]
 

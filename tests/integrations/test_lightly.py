@@ -253,7 +253,7 @@ class TestC2BIN:
         own = [model.cluster_head(model(view)) for view in (view0, view1)]
         other = [model.cluster_head(model.follower_backbone(view)) for view in (view0, view1)]
         contrasts = [
-            bca_contrastive_loss(a, b, temperature=model.criterion.temperature)
+            bca_contrastive_loss(a, b, temperature=model.criterion.loss.temperature)
             for pair in ((own[0], other[1]), (own[1], other[0]))
             for a, b in zip(*pair, strict=True)
         ]
@@ -271,15 +271,12 @@ class TestC2BIN:
 
         class Doubled(torch.nn.Module):
             def forward(self, *args: Any, **options: Any) -> Any:
-                output = C2BINLoss.recommended()(*args, **options)
+                output = C2BINLoss()(*args, **options)
                 return output._replace(loss=2 * output.loss)
 
         doubled = build(C2BIN, loss=Doubled())  # any module with the call of C2BINLoss
         doubled.load_state_dict(model.state_dict())
         torch.testing.assert_close(doubled.losses(view0, view1)["loss"], 2 * found["loss"])
-        running = C2BINLoss(running_decay=0.9, num_clusters=model.cluster_head.num_clusters)
-        with complains(ValueError, "against", "'runner'", "running_decay", "'follower'"):
-            build(C2BIN, loss=running)
 
     def test_half_precision_with_scaled_gradients(self) -> None:
         """The arithmetic of precision 16-mixed, which Lightning keeps for GPUs."""
@@ -306,7 +303,7 @@ class TestC2BIN:
     def test_is_byol_plus_heads_on_backbone_features(self) -> None:
         byol, c2bin = build(BYOL), build(C2BIN, loss=C2BINLoss(cluster_weight=0.0))
         extra = set(dict(c2bin.named_parameters())) - set(dict(byol.named_parameters()))
-        assert extra == {"cluster_head.linear.weight", "cluster_head.linear.bias"}
+        assert extra == {"criterion.head.linear.weight", "criterion.head.linear.bias"}
         c2bin.load_state_dict(byol.state_dict(), strict=False)
         view0, view1 = torch.randn(2, 8, 3, 4, 4)
         ours, theirs = c2bin.losses(view0, view1), byol.losses(view0, view1)
@@ -348,7 +345,7 @@ class TestC2BIN:
             "train_effective_clusters_1_of_5",
         }
         terms = logged["train_contrast"] + logged["train_entropy"]
-        total = logged["train_alignment"] + model.criterion.cluster_weight * terms
+        total = logged["train_alignment"] + model.criterion.loss.cluster_weight * terms
         assert logged["train_loss"] == pytest.approx(total, rel=1e-5)
         assert 1 <= logged["train_effective_clusters_1_of_5"] <= 5
 

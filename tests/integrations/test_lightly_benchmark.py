@@ -179,7 +179,8 @@ class TestImageNetForm:
     def test_numbers_of_table_7_and_of_lightlys_byol(self, small: None) -> None:
         model = c2bin_lightly.C2BINResNet50(64, CLASSES)
         assert model.cluster_head.num_clusters == (512, 1024, 2048)
-        loss = model.criterion
+        loss = model.criterion.loss
+        assert loss.gather_distributed
         assert (loss.cluster_weight, loss.entropy_weight, loss.temperature) == (1.0, 0.05, 0.2)
         assert model.against == "runner"
         assert not model.cluster_head.normalize
@@ -283,7 +284,7 @@ class TestImageNetForm:
         assert fitted.global_step == 2  # of three batches each
         assert all(torch.isfinite(t).all() for t in model.state_dict().values())
         moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-        assert {"backbone.body.1.weight", "cluster_head.linear.weight"} <= moved
+        assert {"backbone.body.1.weight", "criterion.head.linear.weight"} <= moved
         assert 0 < metrics.train_metrics["train_loss"][-1] < 50
 
 

@@ -49,7 +49,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+from c2bin_ext import C2BINObjective
 from c2bin_ext.functional import c2bin_loss
 
 INTEGRATIONS = Path(c2bin_solo.__file__).parents[1]
@@ -169,10 +169,10 @@ class TestOptions:
         cfg.method_kwargs = {}
         kwargs = C2BIN.add_and_assert_specific_cfg(cfg).method_kwargs
         best = {"cluster_weight": 0.5, "temperature": 0.1, "normalize": True}
-        for kind in (C2BINLoss, MultiScaleClusterHead):
-            for name, parameter in inspect.signature(kind).parameters.items():
-                if name not in ("in_features", "gather_distributed", "num_clusters"):
-                    assert kwargs[name] == best.get(name, parameter.default), name
+        assert {name: kwargs[name] for name in best} == best
+        for name, parameter in inspect.signature(C2BINObjective).parameters.items():
+            if name not in ("in_features", "gather_distributed", "num_clusters"):
+                assert kwargs[name] == parameter.default, name
         assert kwargs.against == "follower"
         # On by itself where there are several processes.
         assert kwargs.gather_distributed is True
@@ -204,21 +204,12 @@ class TestOptions:
         options = {"temperature": 0.7, "similarity": "dot", "reduction": "sum", "bias": False}
         options["normalize"] = False
         model = build(method_kwargs={**KWARGS, **options})
-        assert model.loss_function.temperature == 0.7
-        assert model.loss_function.similarity == "dot"
-        assert model.loss_function.reduction == "sum"
+        assert model.objective.loss.temperature == 0.7
+        assert model.objective.loss.similarity == "dot"
+        assert model.objective.loss.reduction == "sum"
         assert model.cluster_head.linear.bias is None
         assert not model.cluster_head.normalize
         assert model.cluster_head.num_clusters == (3, 5)
-
-    def test_running_statistics_are_in_the_checkpoint(self) -> None:
-        running = {**KWARGS, "running_decay": 0.9}
-        with pytest.raises(ValueError, match=r"method_kwargs.against: expected 'runner' with runn"):
-            build(method_kwargs=running)
-        model = build(method_kwargs={**running, "against": "runner"})
-        model.training_step([None, crops(16, 16), torch.tensor([0, 1, 2, 3])], 0)
-        kept = {k: v for k, v in model.state_dict().items() if k.startswith("loss_function")}
-        assert any(value.is_floating_point() and value.any() for value in kept.values())
 
     def test_register_is_repeatable_and_replaces_nothing(self, monkeypatch: Any) -> None:
         register()
@@ -267,11 +258,12 @@ class TestObjective:
         predictions, targets, assignments = self.terms(copy.deepcopy(model), views)
         other = copy.deepcopy(model)
         fixed = [other.cluster_head(other.momentum_backbone(x)) for x in views]
-        ways = [
-            c2bin_loss(predictions, targets, pair, cluster_weight=0.5, temperature=0.1).loss
-            for pair in ((assignments[0], fixed[1]), (assignments[1], fixed[0]))
-        ]
-        torch.testing.assert_close(loss, sum(ways) / 2)
+        own, *ways = (
+            c2bin_loss(predictions, targets, pair, temperature=0.1)
+            for pair in (assignments, (assignments[0], fixed[1]), (assignments[1], fixed[0]))
+        )
+        contrast = (ways[0].contrast + ways[1].contrast) / 2
+        torch.testing.assert_close(loss, own.alignment + 0.5 * (contrast + own.entropy))
 
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_multicrop_aligns_every_pair_with_a_large_crop(self, symmetric: bool) -> None:
