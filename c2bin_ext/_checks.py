@@ -1,25 +1,25 @@
 """Checks of arguments: every message names the argument, what came and what was expected.
 
-Only shapes, dtypes and devices are read, never values, so that no check waits for a GPU and none
-breaks a graph. `validate_assignments` and `validate_finite` do read values: they run for
-`validate_args=True` alone.
+Only shapes, dtypes and devices are read, so that no check waits for a GPU and none breaks a graph.
+Values are read by `validate_assignments` and `validate_finite`, for `validate_args=True`, and by
+`not_logits` where that waits for nothing.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from c2bin_ext._numerics import at_least_float32
+from c2bin_ext._numerics import at_least_float32, is_eager
 
 # A softmax in bfloat16 has rows that sum to 1 within about 0.004, and may have been cast since.
-ROW_SUM_TOLERANCE = 1e-2
+TOLERANCE = 1e-2
 _LARGEST = sys.float_info.max
-SIMILARITIES = ("cosine", "dot")
-REDUCTIONS = ("mean", "sum")
 
 
 def finite_number(name: str, value: float, *, above: float | None = None) -> float:
@@ -67,6 +67,25 @@ def whole_number(name: str, value: int, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
     return value
+
+
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "cluster_weight": finite_number,
+    "entropy_weight": finite_number,
+    "temperature": partial(finite_number, above=0),
+    "similarity": partial(choice, options=("cosine", "dot")),
+    "positive_in_denominator": flag,
+    "symmetric": flag,
+    "symmetric_alignment": flag,
+    "reduction": partial(choice, options=("mean", "sum")),
+    "gather_distributed": flag,
+    "validate_args": flag,
+}
+
+
+def options(**given: Any) -> dict[str, Any]:
+    """Return the options of a loss as they came, each checked."""
+    return {name: _OPTIONS[name](name, value) for name, value in given.items()}
 
 
 def cluster_counts(num_clusters: Sequence[int]) -> tuple[int, ...]:
@@ -149,8 +168,44 @@ def validate_assignments(name: str, tensor: Tensor) -> None:
     sums = tensor.sum(dim=1)
     off = (sums - 1).abs()
     worst = int(off.argmax())
-    if float(off[worst]) > ROW_SUM_TOLERANCE:
+    if float(off[worst]) > TOLERANCE:
         raise ValueError(
             f"{name}: expected rows that sum to 1 (softmax over clusters), "
             f"got {float(sums[worst]):.6g} in row {worst}"
         )
+
+
+def not_logits(name: str, tensor: Tensor) -> None:
+    """Check that assignments are not negative, where reading values waits for nothing.
+
+    So on the CPU, in an eager step, and not for what has no values, such as fake tensors.
+    """
+    if (
+        tensor.device.type == "cpu"
+        and is_eager(tensor)
+        and type(tensor) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and (low := float(tensor.detach().amin(dim=0).amin())) < -TOLERANCE
+    ):
+        raise ValueError(
+            f"{name}: expected values >= 0 as of softmax(logits, dim=1), got {low:g}; are these "
+            "the logits?"
+        )
+
+
+def sums(name: str, total: Tensor, own: Tensor, made_by: str) -> None:
+    """Check the sums over all micro-batches, a vector like `own`."""
+    if not isinstance(total, Tensor):
+        raise TypeError(
+            f"{name}: expected a vector as {made_by} returns, got {type(total).__name__}"
+        )
+    if total.shape != own.shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(own.shape)} as {made_by} returns for the same heads "
+            f"and options, got shape {tuple(total.shape)}"
+        )
+    if not total.is_floating_point():
+        raise TypeError(
+            f"{name}: expected floating-point sums as {made_by} returns, got {total.dtype}"
+        )
+    same_device(name, total, "the batch", own)

@@ -1,13 +1,19 @@
-"""What keeps values and gradients finite: float32 arithmetic, and floors where 0 would divide."""
+"""What keeps values and gradients finite, and when closed-form gradients serve.
+
+Closed forms are for eager training steps. What else differentiates, compilation, `torch.func`,
+forward mode and second derivatives, goes through the formulas, which autograd follows.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Squared norms up to this count as zero: the cube of the inverse norm, which the derivative takes,
 # must stay inside float32.
@@ -65,3 +71,49 @@ def unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     largest = rows.detach().abs().amax(dim=1, keepdim=True)
     rows = rows * torch.threshold(largest, torch.finfo(dtype).tiny, math.inf).reciprocal()
     return rows * inverse_norm((rows * rows).sum(dim=1, keepdim=True))
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Tell whether this is an eager, reverse-mode step, which closed-form gradients serve."""
+    return not (
+        is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (forward_ad._current_level >= 0 and any(_tangent(t) is not None for t in tensors))
+    )
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def needs_formula() -> bool:
+    """Tell whether a backward pass has to be autograd's: it is differentiated itself, or batched.
+
+    With `create_graph=True`, and only then, gradients are enabled inside `backward`.
+    """
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def differentiate(
+    formula: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return autograd's gradients of the formula, itself with a gradient."""
+    with torch.enable_grad():
+        # Aliases: one input can be computed from another, or be the same tensor, and the derivative
+        # by each must not pass through the other.
+        aliases = [tensor.view_as(tensor) for tensor in inputs]
+        wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need]
+        pairs = [
+            (output, grad)
+            for output, grad in zip(formula(*aliases), grads, strict=True)
+            if grad is not None
+        ]
+        outputs, incoming = zip(*pairs, strict=True)
+        found = iter(
+            torch.autograd.grad(outputs, wanted, incoming, create_graph=True, allow_unused=True)
+        )
+    return [next(found) if need else None for need in needed]

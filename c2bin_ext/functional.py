@@ -6,7 +6,8 @@
 | Eq. 2-3, assignments and their columns | `cluster_assignments` |
 | Eq. 4, contrast of batch-wise cluster assignment vectors | `bca_contrastive_loss` |
 | Eq. 5, cluster mass and its entropy | `cluster_mass`, `cluster_entropy_regularizer` |
-| Eq. 5-7, sum over scales and total objective | `c2bin_loss` |
+| Eq. 5-6, sum over scales | `multi_scale_cluster_loss` |
+| Eq. 7, total objective | `c2bin_loss` |
 
 Eq. 8, the follower's moving average, is `torch.optim.swa_utils.AveragedModel` with
 `get_ema_multi_avg_fn(momentum)`, or the host framework's own.
@@ -19,29 +20,21 @@ Contrasting Clusters While Bootstrapping Instances", submitted to ICLR 2021.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from c2bin_ext import _checks, _fused
-from c2bin_ext._numerics import (
-    SMALLEST_MASS,
-    SMALLEST_RATIO,
-    at_least_float32,
-    inverse_norm,
-    smallest_square,
-    unit_rows,
-    without_autocast,
-)
+from c2bin_ext import _checks, _formulas
+from c2bin_ext._numerics import at_least_float32
 from c2bin_ext.distributed import sum_over_ranks, world_size
-from c2bin_ext.statistics import at_value_of
+from c2bin_ext.statistics import BatchStatistics, at_value_of
 
 __all__ = [
     "C2BINLossOutput",
+    "ClusterLossOutput",
     "bca_contrastive_loss",
     "bootstrap_alignment_loss",
     "c2bin_loss",
@@ -49,7 +42,25 @@ __all__ = [
     "cluster_assignments",
     "cluster_entropy_regularizer",
     "cluster_mass",
+    "cluster_statistics",
+    "multi_scale_cluster_loss",
 ]
+
+Heads = Sequence[Sequence[Tensor]]  # of each view, the assignments (n, K) of each head
+
+
+class ClusterLossOutput(NamedTuple):
+    """The cluster loss and its two terms, each a 0-dim tensor; only `loss` is weighted.
+
+    Attributes:
+        loss: `contrast + λ_ent entropy`.
+        contrast: Eq. 4, summed over scales.
+        entropy: `log K - H` of Eq. 5, summed over scales and averaged over the two views.
+    """
+
+    loss: Tensor
+    contrast: Tensor
+    entropy: Tensor
 
 
 class C2BINLossOutput(NamedTuple):
@@ -104,11 +115,8 @@ def bootstrap_alignment_loss(
     Source: C2BIN, section 3.2, after Grill et al., "Bootstrap your own latent", 2020.
     """
     _check_embeddings("prediction", prediction, "target", target, validate_args)
-    cosines = _cosine_sum(prediction, target)
-    count: int | Tensor = prediction.shape[0]
-    if _spans_ranks(gather_distributed):
-        cosines, count = sum_over_ranks([cosines, cosines.new_full((), prediction.shape[0])])
-    return 1 - cosines / count
+    sums = BatchStatistics.of([(prediction, target)])
+    return _formulas.alignment(_total(sums, gather_distributed, validate_args))
 
 
 def cluster_assignments(logits: Tensor, num_clusters: Sequence[int]) -> tuple[Tensor, ...]:
@@ -158,7 +166,6 @@ def bca_contrastive_loss(
     symmetric: bool = True,
     gather_distributed: bool = False,
     validate_args: bool = False,
-    running: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Contrast of batch-wise cluster assignment vectors (BCAs) between two views, Eq. 4.
 
@@ -175,12 +182,10 @@ def bca_contrastive_loss(
             or less (6e-5 for float16) counts as zero: cosine 0 with everything, and no gradient.
         positive_in_denominator: whether `D(k)` holds k, as in InfoNCE; the printed indicator
             leaves it out, and the loss is then not bounded below.
-        symmetric: average the directions view 0 to view 1 and view 1 to view 0; otherwise the
-            first alone, as printed.
+        symmetric: average the directions view 0 to view 1 and view 1 to view 0; otherwise only
+            the first, as printed.
         gather_distributed: contrast the columns of the global batch, over all ranks.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
-        running: maps the sums over instances, in one vector, to those that the loss is taken of:
-            see `c2bin_ext.statistics.RunningStatistics`.
 
     Returns:
         A 0-dim loss, float32 (float64 for float64 inputs). It is log K when all columns are
@@ -189,8 +194,8 @@ def bca_contrastive_loss(
 
     Raises:
         TypeError: not a floating-point tensor, or an option of the wrong type.
-        ValueError: not (n, K) with n >= 1 and K >= 2, shapes or devices that differ, τ <= 0, or
-            an unknown option.
+        ValueError: not (n, K) with n >= 1 and K >= 2, shapes or devices that differ, values < 0
+            on the CPU (logits), τ <= 0, or an unknown option.
 
     Examples:
         >>> import torch
@@ -204,13 +209,8 @@ def bca_contrastive_loss(
     _check_assignments("assignments0", assignments0, validate_args)
     _check_assignments("assignments1", assignments1, validate_args)
     _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
-    spans_ranks = _spans_ranks(gather_distributed)
-    if not spans_ranks and running is None:
-        return _local_contrast(assignments0, assignments1, options)
-    sums = _contrast_sums(assignments0, assignments1, options)
-    if spans_ranks:
-        sums = list(sum_over_ranks(sums))
-    return _contrast_from_sums(iter(_smoothed(sums, running)), options)
+    sums = BatchStatistics.of(views=[[assignments0], [assignments1]], contrast=options.similarity)
+    return _formulas.contrast(_total(sums, gather_distributed, validate_args), options)
 
 
 def cluster_mass(assignments: Tensor) -> Tensor:
@@ -247,7 +247,6 @@ def cluster_entropy_regularizer(
     reduction: str = "mean",
     gather_distributed: bool = False,
     validate_args: bool = False,
-    running: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """How far cluster masses are from balance, to be MINIMISED; Eq. 5.
 
@@ -261,15 +260,14 @@ def cluster_entropy_regularizer(
             instances n, which has the gradient of the entropy of the raw masses s, as printed.
         gather_distributed: balance clusters over the global batch of all ranks.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
-        running: maps the masses (K,) to those that the entropy is taken of: see
-            `c2bin_ext.statistics.RunningStatistics`.
 
     Returns:
         A 0-dim loss, float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: not a floating-point tensor, or an option of the wrong type.
-        ValueError: not (n, K) with n >= 1 and K >= 2, or an unknown reduction.
+        ValueError: not (n, K) with n >= 1 and K >= 2, values < 0 on the CPU (logits), or an
+            unknown reduction.
 
     Examples:
         >>> import torch
@@ -281,25 +279,84 @@ def cluster_entropy_regularizer(
 
     Source: C2BIN, section 3.3.
     """
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.options(reduction=reduction)
     _check_assignments("assignments", assignments, validate_args)
-    mass = cluster_mass(assignments)
-    count: int | Tensor = assignments.shape[0]
-    if _spans_ranks(gather_distributed):
-        rows = mass.new_full((), assignments.shape[0])
-        mass, count = sum_over_ranks([mass, rows])
-    gap = _balance_gaps([mass if running is None else running(mass)])
-    return gap * count if reduction == "sum" else gap
+    sums = BatchStatistics.of(views=[[assignments]])
+    return _entropy(_total(sums, gather_distributed, validate_args), reduction)
+
+
+def multi_scale_cluster_loss(
+    assignments: Heads,
+    *,
+    entropy_weight: float = 1.0,
+    temperature: float = 0.1,
+    similarity: str = "cosine",
+    positive_in_denominator: bool = True,
+    symmetric: bool = True,
+    reduction: str = "mean",
+    gather_distributed: bool = False,
+    validate_args: bool = False,
+    target_assignments: Heads | None = None,
+    statistics: Tensor | None = None,
+) -> ClusterLossOutput:
+    """The cluster terms of all scales, Eq. 5-6: what one adds to any method with two views.
+
+    Formula: `L_clust = Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K. L_bca is
+    `bca_contrastive_loss` and L_ent `cluster_entropy_regularizer`, averaged over the two views.
+
+    Args:
+        assignments: (heads of view 0, heads of view 1), each a sequence of (n, K) tensors with
+            the same K at the same place, such as `MultiScaleClusterHead` returns.
+        entropy_weight: λ_ent >= 0.
+        temperature: τ > 0, see `bca_contrastive_loss`.
+        similarity: `"cosine"` or `"dot"`, see `bca_contrastive_loss`.
+        positive_in_denominator: see `bca_contrastive_loss`.
+        symmetric: contrast in both directions, see `bca_contrastive_loss`.
+        reduction: `"mean"` or `"sum"`, see `cluster_entropy_regularizer`.
+        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
+            global batch, with one all-reduce of O(ΣK²) numbers for all heads together. Local
+            batches may differ in size.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        target_assignments: as `assignments`, but of the follower's features (the EMA target
+            network's). If given, each view is contrasted with the follower's other view, which is
+            detached; L_bca is the mean of both pairs, and L_ent stays that of `assignments`.
+        statistics: the sum of `cluster_statistics` over the micro-batches of a batch. The loss is
+            then that of the batch, and the gradients of its micro-batches add up to that of the
+            batch.
+
+    Returns:
+        `ClusterLossOutput(loss, contrast, entropy)`; contrast and entropy are summed over scales,
+        and neither is weighted.
+
+    Raises:
+        TypeError: something is not a floating-point tensor, no pair, or an option of wrong type.
+        ValueError: shapes, devices or numbers of heads that do not fit, values < 0 on the CPU
+            (logits), an unknown option, τ <= 0, or λ_ent < 0.
+
+    Examples:
+        >>> import torch
+        >>> from c2bin_ext.functional import multi_scale_cluster_loss
+        >>> heads = (torch.eye(4), torch.eye(2).repeat(2, 1))
+        >>> multi_scale_cluster_loss((heads, heads), temperature=1.0)
+        ClusterLossOutput(loss=tensor(1.0569), contrast=tensor(1.0569), entropy=tensor(0.))
+
+    Source: C2BIN, sections 3.3 and 3.4.
+    """
+    _checks.options(entropy_weight=entropy_weight, reduction=reduction)
+    options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
+    sums = _batch(assignments, target_assignments, similarity, validate_args)
+    total = _total(sums, gather_distributed, validate_args, statistics, "cluster_statistics")
+    return _cluster_terms(total, options, entropy_weight, reduction)
 
 
 def c2bin_loss(
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
-    assignments: Sequence[Sequence[Tensor]],
+    assignments: Heads,
     *,
-    cluster_weight: float = 2.0,
+    cluster_weight: float = 0.5,
     entropy_weight: float = 1.0,
-    temperature: float = 0.5,
+    temperature: float = 0.1,
     similarity: str = "cosine",
     positive_in_denominator: bool = True,
     symmetric: bool = True,
@@ -307,44 +364,35 @@ def c2bin_loss(
     reduction: str = "mean",
     gather_distributed: bool = False,
     validate_args: bool = False,
-    running: Callable[[Tensor], Tensor] | None = None,
+    target_assignments: Heads | None = None,
     statistics: Tensor | None = None,
-    target_assignments: Sequence[Sequence[Tensor]] | None = None,
 ) -> C2BINLossOutput:
     """The whole objective of C2BIN, Eq. 5-7.
 
-    Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K. L_align
-    is `bootstrap_alignment_loss`, L_bca `bca_contrastive_loss` and L_ent
-    `cluster_entropy_regularizer`, averaged over the two views.
+    Formula: `L = L_align + λ_clust L_clust`. L_align is `bootstrap_alignment_loss`, averaged over
+    its directions, and L_clust `multi_scale_cluster_loss`.
 
     Args:
         predictions: (p0, p1), the runner's predictor outputs of the two views, each (n, d).
         targets: (z0, z1), the follower's projector outputs, each (n, d). p0 is aligned with z1
             and p1 with z0.
-        assignments: (heads of view 0, heads of view 1), each a sequence of (n, K) tensors with
-            the same K at the same place, such as `MultiScaleClusterHead` returns.
+        assignments: (heads of view 0, heads of view 1), see `multi_scale_cluster_loss`.
         cluster_weight: λ_clust >= 0.
         entropy_weight: λ_ent >= 0.
         temperature: τ > 0, see `bca_contrastive_loss`.
         similarity: `"cosine"` or `"dot"`, see `bca_contrastive_loss`.
         positive_in_denominator: see `bca_contrastive_loss`.
         symmetric: contrast in both directions, see `bca_contrastive_loss`.
-        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise the
-            first alone, as printed, and p1 and z0 are not read.
+        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
+            the first, as printed, and p1 and z0 are not read.
         reduction: `"mean"` or `"sum"`, see `cluster_entropy_regularizer`.
-        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
-            global batch, with one all-reduce of O(ΣK²) numbers for all terms together. Local
-            batches may differ in size.
+        gather_distributed: the exact loss and gradient of the global batch of all ranks, with one
+            all-reduce for all terms together, see `multi_scale_cluster_loss`.
         validate_args: check that values are finite and rows of assignments sum to 1; waits for
             the GPU.
-        running: maps the sums over instances of all cluster terms, in one vector, to those that
-            the terms are taken of: see `c2bin_ext.statistics.RunningStatistics`.
-        statistics: the sum of `c2bin_statistics` over the micro-batches of a batch. The loss is
-            then that of the batch, and the gradients of its micro-batches add up to that of the
-            batch.
-        target_assignments: as `assignments`, but of the follower's features. If given, each view's
-            assignments are contrasted with the follower's of the other view, which are detached,
-            and the cluster terms are averaged over the two pairs.
+        target_assignments: contrast with the follower's, see `multi_scale_cluster_loss`.
+        statistics: the sum of `c2bin_statistics` over the micro-batches of a batch, see
+            `multi_scale_cluster_loss`.
 
     Returns:
         `C2BINLossOutput(loss, alignment, contrast, entropy)`; contrast and entropy are summed over
@@ -352,8 +400,8 @@ def c2bin_loss(
 
     Raises:
         TypeError: something is not a floating-point tensor, no pair, or an option of wrong type.
-        ValueError: shapes, devices or numbers of heads that do not fit, an unknown option, τ <= 0,
-            or a weight < 0.
+        ValueError: shapes, devices or numbers of heads that do not fit, values < 0 of assignments
+            on the CPU (logits), an unknown option, τ <= 0, or a weight < 0.
 
     Examples:
         >>> import torch
@@ -365,67 +413,73 @@ def c2bin_loss(
 
     Source: C2BIN, sections 3.3 to 3.5.
     """
-    cluster_weight = _checks.finite_number("cluster_weight", cluster_weight)
-    entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
-    _checks.flag("symmetric_alignment", symmetric_alignment)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    weights = {"cluster_weight": cluster_weight, "entropy_weight": entropy_weight}
+    _checks.options(**weights, symmetric_alignment=symmetric_alignment, reduction=reduction)
     options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
-    aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
-    if target_assignments is not None and running is not None:
-        raise ValueError(
-            "target_assignments: expected None together with running statistics, which are those "
-            "of two views of the runner"
-        )
-    heads = _contrasted(assignments, target_assignments, aligned[0][0], validate_args)
-    ways = 1 if target_assignments is None else 2
+    aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
+    sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
+    total = _total(sums, gather_distributed, validate_args, statistics)
+    alignment = _formulas.alignment(total)
+    clusters = _cluster_terms(total, options, entropy_weight, reduction)
+    loss = alignment + cluster_weight * clusters.loss
+    return C2BINLossOutput(loss, alignment, clusters.contrast, clusters.entropy)
 
-    spans_ranks = _spans_ranks(gather_distributed)
-    count: int | Tensor = aligned[0][0].shape[0]
-    if spans_ranks or running is not None or statistics is not None:
-        sums = _objective_sums(aligned, heads, options)
-        if statistics is not None:
-            sums = _of_the_whole_batch(sums, statistics, running, spans_ranks, validate_args)
-        elif spans_ranks:
-            sums = list(sum_over_ranks(sums))
-        first = len(aligned) + 1  # cosines and count are of this step alone
-        sums[first:] = _smoothed(sums[first:], running)
-        totals = iter(sums)
-        cosines, count = [next(totals) for _ in aligned], next(totals)
-        contrasts, masses = [], []
-        for _ in heads:
-            masses += [next(totals), next(totals)]
-            contrasts.append(_contrast_from_sums(totals, options))
-    else:
-        cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
-        contrasts = [_local_contrast(view0, view1, options) for view0, view1 in heads]
-        views = at_least_float32(*(view for pair in heads for view in pair))
-        masses = [view.sum(dim=0) for view in views]
 
-    alignment = 1 - reduce(torch.add, cosines) / (count * len(cosines))
-    contrast = reduce(torch.add, contrasts)
-    contrast = contrast / ways if ways > 1 else contrast
-    entropy = _balance_gaps(masses) / (2 * ways)
-    if reduction == "sum":
-        entropy = entropy * count
-    loss = alignment + cluster_weight * (contrast + entropy_weight * entropy)
-    return C2BINLossOutput(loss, alignment, contrast, entropy)
+def cluster_statistics(
+    assignments: Heads,
+    *,
+    similarity: str = "cosine",
+    gather_distributed: bool = False,
+    validate_args: bool = False,
+    target_assignments: Heads | None = None,
+) -> Tensor:
+    """All sums over instances that `multi_scale_cluster_loss` needs of a batch, in one vector.
+
+    Formula: n, and of each head `C'ᵀC''`, the masses `s_k = Σ_i P[i, k]` of both views and, for
+    cosines, `‖c_k‖²`. See `c2bin_statistics`.
+
+    Args:
+        assignments: see `multi_scale_cluster_loss`.
+        similarity: see `multi_scale_cluster_loss`.
+        gather_distributed: sum over ranks too, in one all-reduce.
+        validate_args: see `multi_scale_cluster_loss`.
+        target_assignments: see `multi_scale_cluster_loss`.
+
+    Returns:
+        A vector of as many sums, without gradient, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: as `multi_scale_cluster_loss`.
+        ValueError: as `multi_scale_cluster_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from c2bin_ext.functional import cluster_statistics
+        >>> cluster_statistics(((torch.eye(2),), (torch.eye(2),)))
+        tensor([2., 1., 0., 0., 1., 1., 1., 1., 1., 1., 1., 1., 1.])
+
+    Source: C2BIN, Eq. 4 and 5.
+    """
+    _contrast_options(similarity=similarity)
+    with torch.no_grad():
+        sums = _batch(assignments, target_assignments, similarity, validate_args)
+        return _total(sums, gather_distributed, validate_args).flat()
 
 
 def c2bin_statistics(
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
-    assignments: Sequence[Sequence[Tensor]],
+    assignments: Heads,
     *,
     similarity: str = "cosine",
     symmetric_alignment: bool = True,
     gather_distributed: bool = False,
     validate_args: bool = False,
-    target_assignments: Sequence[Sequence[Tensor]] | None = None,
+    target_assignments: Heads | None = None,
 ) -> Tensor:
     """All sums over instances that `c2bin_loss` needs of a batch, in one vector.
 
-    Formula: `Σ_i cos(p_i, z_i)` of each direction, n, and of each head the masses
-    `s_k = Σ_i P[i, k]` of both views, `C'ᵀC''` and, for cosines, `‖c_k‖²` of both views.
+    Formula: `Σ_i cos(p_i, z_i)` of each direction, and what `cluster_statistics` returns.
 
     They add up over the parts of a batch: the sum over micro-batches, given to `c2bin_loss` as
     `statistics`, makes loss and gradient of each micro-batch those of the whole batch. No gradient
@@ -465,82 +519,80 @@ def c2bin_statistics(
     Source: C2BIN, Eq. 1, 4 and 5; two passes as in Gao et al., "Scaling deep contrastive learning
     batch size under memory limited setup", 2021, which caches features where sums suffice here.
     """
-    options = _contrast_options(1.0, similarity, True, True)
-    aligned = _check_aligned(predictions, targets, symmetric_alignment, validate_args)
-    heads = _contrasted(assignments, target_assignments, aligned[0][0], validate_args)
+    _checks.options(symmetric_alignment=symmetric_alignment)
+    _contrast_options(similarity=similarity)
     with torch.no_grad():
-        sums = _objective_sums(aligned, heads, options)
-        if _spans_ranks(gather_distributed):
-            sums = list(sum_over_ranks(sums))
-        return _flat(sums)
+        aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
+        sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
+        return _total(sums, gather_distributed, validate_args).flat()
 
 
-def _objective_sums(
-    aligned: list[tuple[Tensor, Tensor]],
-    heads: list[tuple[Tensor, Tensor]],
-    options: _ContrastOptions,
-) -> list[Tensor]:
-    """Return cosines of each direction, count, and of each head masses and contrast sums."""
-    cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
-    sums = [*cosines, cosines[0].new_full((), heads[0][0].shape[0])]
-    for view0, view1 in heads:
-        sums += [cluster_mass(view0), cluster_mass(view1)]
-        sums += _contrast_sums(view0, view1, options)
-    return sums
+def _contrast_options(
+    temperature: float = 1.0,
+    similarity: str = "cosine",
+    positive_in_denominator: bool = True,
+    symmetric: bool = True,
+) -> _formulas.Contrast:
+    given = _formulas.Contrast(temperature, similarity, positive_in_denominator, symmetric)
+    return _formulas.Contrast(**_checks.options(**given._asdict()))
 
 
-def _smoothed(sums: list[Tensor], running: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
-    return sums if running is None else _split(running(_flat(sums)), sums)
-
-
-def _of_the_whole_batch(
-    sums: list[Tensor],
-    statistics: Tensor,
-    running: Callable[[Tensor], Tensor] | None,
-    spans_ranks: bool,
+def _batch(
+    assignments: Heads,
+    target_assignments: Heads | None,
+    similarity: str,
     validate_args: bool,
-) -> list[Tensor]:
-    """Return `statistics` in parts as of `sums`, with the gradient of `sums`."""
-    if running is not None:
-        raise ValueError(
-            "statistics: expected None together with running statistics, which would take in every "
-            "micro-batch as a step"
-        )
-    own = _flat(sums)
-    if not isinstance(statistics, Tensor):
-        raise TypeError(
-            "statistics: expected a vector as c2bin_statistics returns, "
-            f"got {type(statistics).__name__}"
-        )
-    if statistics.shape != own.shape:
-        raise ValueError(
-            f"statistics: expected shape {tuple(own.shape)} as c2bin_statistics returns for the "
-            f"same heads and options, got shape {tuple(statistics.shape)}"
-        )
-    if not statistics.is_floating_point():
-        raise TypeError(
-            "statistics: expected floating-point sums as c2bin_statistics returns, "
-            f"got {statistics.dtype}"
-        )
-    _checks.same_device("statistics", statistics, "predictions[0]", own)
+    aligned: Sequence[tuple[Tensor, Tensor]] = (),
+) -> BatchStatistics:
+    """Return the sums over the instances at hand, of all arguments that are checked here."""
+    _check_heads("assignments", assignments, validate_args)
+    like, name = (aligned[0][0], "predictions[0]") if aligned else (assignments[0][0], "")
+    fixed: Heads = ()
+    _check_instances("assignments", assignments, name or "assignments[0][0]", like)
+    if target_assignments is not None:
+        fixed = target_assignments
+        _check_heads("target_assignments", fixed, validate_args)
+        clusters, wanted = ([head.shape[1] for head in pair[0]] for pair in (fixed, assignments))
+        if clusters != wanted:
+            raise ValueError(
+                f"target_assignments: expected heads of {wanted} clusters as assignments has, "
+                f"got {clusters}"
+            )
+        _check_instances("target_assignments", fixed, name or "assignments[0][0]", like)
+    return BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
+
+
+def _total(
+    own: BatchStatistics,
+    gather_distributed: bool,
+    validate_args: bool,
+    statistics: Tensor | None = None,
+    made_by: str = "c2bin_statistics",
+) -> BatchStatistics:
+    """Return the sums that the loss is taken of: over micro-batches, over ranks, or as they are."""
+    _checks.options(gather_distributed=gather_distributed)
+    spans_ranks = gather_distributed and world_size() > 1
+    if statistics is None:
+        return own.at(*sum_over_ranks([own.flat()])) if spans_ranks else own
+    flat = own.flat()
+    _checks.sums("statistics", statistics, flat, made_by)
     if validate_args:
         _checks.validate_finite("statistics", statistics)
     # The W equal losses of the ranks, which DDP averages, as in `sum_over_ranks`.
-    own = own * world_size() if spans_ranks else own
-    return _split(at_value_of(own, statistics.to(own.dtype)), sums)
+    flat = flat * world_size() if spans_ranks else flat
+    return own.at(at_value_of(flat, statistics.to(flat.dtype)))
 
 
-def _flat(sums: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in sums])
+def _cluster_terms(
+    sums: BatchStatistics, options: _formulas.Contrast, entropy_weight: float, reduction: str
+) -> ClusterLossOutput:
+    contrast, entropy = _formulas.contrast(sums, options), _entropy(sums, reduction)
+    return ClusterLossOutput(contrast + entropy_weight * entropy, contrast, entropy)
 
 
-def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = torch.split(flat, [part.numel() for part in like])
-    return [part.reshape(shaped.shape) for part, shaped in zip(parts, like, strict=True)]
-
-
-def _spans_ranks(gather_distributed: bool) -> bool:
-    return _checks.flag("gather_distributed", gather_distributed) and world_size() > 1
+def _entropy(sums: BatchStatistics, reduction: str) -> Tensor:
+    gap = _formulas.balance(sums)
+    return gap * sums.count if reduction == "sum" else gap
 
 
 def _check_embeddings(
@@ -557,9 +609,11 @@ def _check_assignments(name: str, assignments: Tensor, validate_args: bool) -> N
     _checks.matrix(name, assignments, "(n, K)", min_columns=2)
     if _checks.flag("validate_args", validate_args):
         _checks.validate_assignments(name, assignments)
+    else:
+        _checks.not_logits(name, assignments)
 
 
-def _check_aligned(
+def _aligned(
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
     symmetric_alignment: bool,
@@ -582,37 +636,8 @@ def _check_aligned(
     return [(predictions[view], targets[1 - view]) for view in directions]
 
 
-def _contrasted(
-    assignments: Sequence[Sequence[Tensor]],
-    targets: Sequence[Sequence[Tensor]] | None,
-    prediction: Tensor,
-    validate_args: bool,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return the pairs to contrast: per head both views, or each with the follower's other one."""
-    heads = _check_heads("assignments", assignments, prediction, validate_args)
-    if targets is None:
-        return heads
-    fixed = _check_heads("target_assignments", targets, prediction, validate_args)
-    clusters, wanted = ([pair[0].shape[1] for pair in pairs] for pairs in (fixed, heads))
-    if clusters != wanted:
-        raise ValueError(
-            f"target_assignments: expected heads of {wanted} clusters as assignments has, "
-            f"got {clusters}"
-        )
-    return [
-        pair
-        for own, other in zip(heads, fixed, strict=True)
-        for pair in ((own[0], other[1].detach()), (own[1], other[0].detach()))
-    ]
-
-
-def _check_heads(
-    argument: str,
-    assignments: Sequence[Sequence[Tensor]],
-    prediction: Tensor,
-    validate_args: bool,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return per head the assignments of both views."""
+def _check_heads(argument: str, assignments: Heads, validate_args: bool) -> None:
+    """Check the assignments of both views, head by head."""
     _checks.pair(argument, assignments, "(heads of view 0, heads of view 1)")
     for view, heads in enumerate(assignments):
         if isinstance(heads, Tensor) or not isinstance(heads, Sequence):
@@ -625,120 +650,21 @@ def _check_heads(
             f"{argument}: expected the same number of heads, one at least, for both views, "
             f"got {len(assignments[0])} and {len(assignments[1])}"
         )
-    pairs = list(zip(*assignments, strict=True))
-    for head, views in enumerate(pairs):
+    for head, views in enumerate(zip(*assignments, strict=True)):
         names = [f"{argument}[{view}][{head}]" for view in range(2)]
         for name, tensor in zip(names, views, strict=True):
             _check_assignments(name, tensor, validate_args)
         _checks.same_shape(names[1], views[1], names[0], views[0])
-        for name, tensor in zip(names, views, strict=True):
-            if tensor.shape[0] != prediction.shape[0]:
+
+
+def _check_instances(argument: str, assignments: Heads, like: str, other: Tensor) -> None:
+    """Check that all heads have the rows of `other`, and its device."""
+    for view, heads in enumerate(assignments):
+        for head, tensor in enumerate(heads):
+            name = f"{argument}[{view}][{head}]"
+            if tensor.shape[0] != other.shape[0]:
                 raise ValueError(
-                    f"{name}: expected n = {prediction.shape[0]} rows as predictions[0] has, "
+                    f"{name}: expected n = {other.shape[0]} rows as {like} has, "
                     f"got shape {tuple(tensor.shape)}"
                 )
-            _checks.same_device(name, tensor, "predictions[0]", prediction)
-    return pairs
-
-
-class _ContrastOptions(NamedTuple):
-    temperature: float
-    similarity: str
-    positive_in_denominator: bool
-    symmetric: bool
-
-
-def _contrast_options(
-    temperature: float, similarity: str, positive_in_denominator: bool, symmetric: bool
-) -> _ContrastOptions:
-    return _ContrastOptions(
-        _checks.finite_number("temperature", temperature, above=0),
-        _checks.choice("similarity", similarity, _checks.SIMILARITIES),
-        _checks.flag("positive_in_denominator", positive_in_denominator),
-        _checks.flag("symmetric", symmetric),
-    )
-
-
-def _contrast_sums(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> list[Tensor]:
-    """Return what Eq. 4 needs of a batch: the Gram matrix C'ᵀC'' and, for cosines, ‖c_k‖²."""
-    floors = smallest_square(view0.dtype), smallest_square(view1.dtype)
-    view0, view1 = at_least_float32(view0, view1)
-    with without_autocast(view0):
-        gram = view0.T @ view1
-    if options.similarity == "dot":
-        return [gram]
-    squares = (view0 * view0).sum(dim=0), (view1 * view1).sum(dim=0)
-    return [
-        gram,
-        *(torch.threshold(s, floor, 0.0) for s, floor in zip(squares, floors, strict=True)),
-    ]
-
-
-def _contrast_from_sums(sums: Iterator[Tensor], options: _ContrastOptions) -> Tensor:
-    """Eq. 4 from the sums over instances of `_contrast_sums`, which are next in `sums`."""
-    logits = next(sums) / options.temperature
-    if options.similarity == "cosine":
-        logits = logits * inverse_norm(next(sums))[:, None] * inverse_norm(next(sums))
-    negatives = logits
-    if not options.positive_in_denominator:
-        own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
-        negatives = logits.masked_fill(own, -torch.inf)
-    # Subtracted cluster by cluster: with dot products both run into the thousands, where a
-    # difference of means would lose digits.
-    positive = logits.diagonal()
-    loss = (negatives.logsumexp(dim=1) - positive).mean()
-    if options.symmetric:
-        loss = (loss + (negatives.logsumexp(dim=0) - positive).mean()) / 2
-    return loss
-
-
-def _local_contrast(view0: Tensor, view1: Tensor, options: _ContrastOptions) -> Tensor:
-    def formula(view0: Tensor, view1: Tensor) -> Tensor:
-        return _contrast_from_sums(iter(_contrast_sums(view0, view1, options)), options)
-
-    if (
-        options.similarity == "cosine"
-        and options.temperature >= _fused.MIN_TEMPERATURE
-        and _fused.usable(view0, view1)
-    ):
-        floors = smallest_square(view0.dtype), smallest_square(view1.dtype)
-        view0, view1 = at_least_float32(view0, view1)
-        return _fused.cosine_contrast(
-            view0,
-            view1,
-            options.temperature,
-            options.positive_in_denominator,
-            options.symmetric,
-            floors,
-            formula,
-        )
-    return formula(view0, view1)
-
-
-def _balance_gap(mass: Tensor) -> Tensor:
-    """Eq. 5 as log K - H(ŝ), from the masses of the clusters."""
-    # Without any mass, shares and gradient are 0.
-    share = mass / torch.threshold(mass.sum(), SMALLEST_MASS, torch.inf)
-    # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
-    ratio = share * share.shape[0]
-    gap = (share * ratio.clamp_min(SMALLEST_RATIO).log()).sum()
-    # Rounding can leave it a little below 0; the derivatives there are those of the formula.
-    return gap + (-gap).clamp_min(0).detach()
-
-
-def _balance_gaps(masses: Sequence[Tensor]) -> Tensor:
-    """Eq. 5 as log K - H(ŝ), summed over heads and views."""
-
-    def formula(*masses: Tensor) -> Tensor:
-        return reduce(torch.add, (_balance_gap(mass) for mass in masses))
-
-    if _fused.usable(*masses):
-        return _fused.balance_gaps(at_least_float32(*masses), formula)
-    return formula(*masses)
-
-
-def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
-    """Sum of the cosines of Eq. 1 over instances."""
-    dtypes = prediction.dtype, target.dtype
-    prediction, target = at_least_float32(prediction, target.detach())
-    return (unit_rows(prediction, dtypes[0]) * unit_rows(target, dtypes[1])).sum()
+            _checks.same_device(name, tensor, like, other)

@@ -11,34 +11,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from c2bin_ext import _checks, functional
-from c2bin_ext.functional import C2BINLossOutput
-from c2bin_ext.statistics import running_statistics
+from c2bin_ext.functional import C2BINLossOutput, ClusterLossOutput, Heads
 
 __all__ = [
     "BCAContrastiveLoss",
     "BootstrapAlignmentLoss",
     "C2BINLoss",
     "ClusterEntropyRegularizer",
+    "MultiScaleClusterLoss",
 ]
 
 
 class _Loss(nn.Module):
-    def __init__(self, *, gather_distributed: bool, validate_args: bool) -> None:
+    """Options as attributes, read at every call, so that a schedule may set them."""
+
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.gather_distributed = _checks.flag("gather_distributed", gather_distributed)
-        self.validate_args = _checks.flag("validate_args", validate_args)
+        self._names = tuple(options)
+        for name, value in _checks.options(**options).items():
+            setattr(self, name, value)
+
+    def options(self, *but: str) -> dict[str, Any]:
+        """Return the options by name, those in `but` left out."""
+        return {name: getattr(self, name) for name in self._names if name not in but}
 
     def extra_repr(self) -> str:
-        options = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        del options["training"]
-        options.pop("running", None)  # None here; running statistics are a submodule
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _one_head(num_clusters: int | None) -> tuple[int, ...] | None:
-    if num_clusters is None:
-        return None
-    return (_checks.whole_number("num_clusters", num_clusters, 2),)
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
 
 class BootstrapAlignmentLoss(_Loss):
@@ -73,12 +71,7 @@ class BootstrapAlignmentLoss(_Loss):
         super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return functional.bootstrap_alignment_loss(
-            prediction,
-            target,
-            gather_distributed=self.gather_distributed,
-            validate_args=self.validate_args,
-        )
+        return functional.bootstrap_alignment_loss(prediction, target, **self.options())
 
 
 class BCAContrastiveLoss(_Loss):
@@ -92,21 +85,18 @@ class BCAContrastiveLoss(_Loss):
         similarity: `"cosine"` divides every column by its norm over the batch; `"dot"` is the
             formula as printed.
         positive_in_denominator: whether `D(k)` holds k; the printed indicator leaves it out.
-        symmetric: average both directions; otherwise view 0 to view 1 alone, as printed.
+        symmetric: average both directions; otherwise only view 0 to view 1, as printed.
         gather_distributed: contrast the columns of the global batch, over all ranks. The loss and,
             after DDP's averaging, the gradient are those of one process on the whole batch.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
-        running_decay: β in [0, 1). Above 0, the Gram matrix and the norms are smoothed over some
-            1/(1 - β) steps, as more instances would make them: for batches of few images per
-            cluster. Kept in a buffer; see `c2bin_ext.statistics.RunningStatistics`.
-        num_clusters: K of the head, wanted with `running_decay` alone.
 
     Returns:
         Called with `assignments0` (n, K) and `assignments1` (n, K): a 0-dim loss.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: τ <= 0 or an unknown option; at the call, shapes or devices that do not fit.
+        ValueError: τ <= 0 or an unknown option; at the call, shapes or devices that do not fit, or
+            values < 0 on the CPU (logits).
 
     Examples:
         >>> import torch
@@ -126,64 +116,45 @@ class BCAContrastiveLoss(_Loss):
         symmetric: bool = True,
         gather_distributed: bool = False,
         validate_args: bool = False,
-        running_decay: float = 0.0,
-        num_clusters: int | None = None,
     ) -> None:
-        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
-        self.temperature = _checks.finite_number("temperature", temperature, above=0)
-        self.similarity = _checks.choice("similarity", similarity, _checks.SIMILARITIES)
-        self.positive_in_denominator = _checks.flag(
-            "positive_in_denominator", positive_in_denominator
+        super().__init__(
+            temperature=temperature,
+            similarity=similarity,
+            positive_in_denominator=positive_in_denominator,
+            symmetric=symmetric,
+            gather_distributed=gather_distributed,
+            validate_args=validate_args,
         )
-        self.symmetric = _checks.flag("symmetric", symmetric)
-        self.running = running_statistics(running_decay, _one_head(num_clusters), self._sums)
-
-    def _sums(self, clusters: int) -> int:
-        return clusters**2 + (2 * clusters if self.similarity == "cosine" else 0)
 
     def forward(self, assignments0: Tensor, assignments1: Tensor) -> Tensor:
-        return functional.bca_contrastive_loss(
-            assignments0,
-            assignments1,
-            temperature=self.temperature,
-            similarity=self.similarity,
-            positive_in_denominator=self.positive_in_denominator,
-            symmetric=self.symmetric,
-            gather_distributed=self.gather_distributed,
-            validate_args=self.validate_args,
-            running=self.running,
-        )
+        return functional.bca_contrastive_loss(assignments0, assignments1, **self.options())
 
 
 class ClusterEntropyRegularizer(_Loss):
     """How far cluster masses are from balance, to be MINIMISED; Eq. 5.
 
-    Formula: `L_ent = log K - H(ŝ) >= 0` with `s_k = Σ_i P[i, k]` and `ŝ = s / Σ s`; 0 when
-    clusters are balanced. Its gradient is that of -H, the term that the paper subtracts.
+    Formula: `L_ent = log K - H(ŝ) >= 0` with `s_k = Σ_i P[i, k]` and `ŝ = s / Σ s`. It is 0 when
+    clusters are balanced and log K when one holds everything; its gradient is that of -H.
 
     Args:
-        reduction: `"mean"` takes the entropy of the shares ŝ; `"sum"` is n times that, which has
-            the gradient of the entropy of the raw masses s, as printed.
+        reduction: `"mean"` takes the entropy of the shares ŝ; `"sum"` multiplies by the number of
+            instances n, as the raw masses of the printed formula do.
         gather_distributed: balance clusters over the global batch of all ranks.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
-        running_decay: β in [0, 1). Above 0, the masses are smoothed over some
-            1/(1 - β) steps, as more instances would make them: for batches of few images per
-            cluster. Kept in a buffer; see `c2bin_ext.statistics.RunningStatistics`.
-        num_clusters: K of the head, wanted with `running_decay` alone.
 
     Returns:
-        Called with `assignments` (n, K): a 0-dim loss in [0, log K], times n for `"sum"`.
+        Called with `assignments` (n, K): a 0-dim loss.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an unknown reduction; at the call, a shape that does not fit.
+        ValueError: an unknown reduction; at the call, shapes that do not fit, or values < 0 on the
+            CPU (logits).
 
     Examples:
         >>> import torch
         >>> from c2bin_ext import ClusterEntropyRegularizer
-        >>> regularizer = ClusterEntropyRegularizer()
-        >>> regularizer(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
-        tensor(0.1308)
+        >>> ClusterEntropyRegularizer()(torch.eye(4)[[0, 0, 0, 0]])
+        tensor(1.3863)
 
     Source: C2BIN, section 3.3; `functional.cluster_entropy_regularizer`.
     """
@@ -193,27 +164,123 @@ class ClusterEntropyRegularizer(_Loss):
         reduction: str = "mean",
         gather_distributed: bool = False,
         validate_args: bool = False,
-        running_decay: float = 0.0,
-        num_clusters: int | None = None,
     ) -> None:
-        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
-        self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-        self.running = running_statistics(
-            running_decay, _one_head(num_clusters), lambda clusters: clusters
+        super().__init__(
+            reduction=reduction, gather_distributed=gather_distributed, validate_args=validate_args
         )
 
     def forward(self, assignments: Tensor) -> Tensor:
-        return functional.cluster_entropy_regularizer(
+        return functional.cluster_entropy_regularizer(assignments, **self.options())
+
+
+class MultiScaleClusterLoss(_Loss):
+    """The cluster terms of all scales, Eq. 5-6: what one adds to any method with two views.
+
+    Formula: `L_clust = Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
+
+    Args:
+        entropy_weight: λ_ent >= 0.
+        temperature: τ > 0, see `BCAContrastiveLoss`.
+        similarity: `"cosine"` or `"dot"`, see `BCAContrastiveLoss`.
+        positive_in_denominator: see `BCAContrastiveLoss`.
+        symmetric: contrast in both directions, see `BCAContrastiveLoss`.
+        reduction: `"mean"` or `"sum"`, see `ClusterEntropyRegularizer`.
+        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
+            global batch over all ranks, with one all-reduce.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+
+    Returns:
+        Called with `assignments` (heads of view 0, heads of view 1), each a sequence of (n, K):
+        `ClusterLossOutput(loss, contrast, entropy)`, 0-dim tensors. Given `target_assignments`,
+        as `assignments` but of the follower's features (the EMA target network's), each view is
+        contrasted with the follower's other view, which gets no gradient. `statistics` is for
+        micro-batches: see the method of that name.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: τ <= 0, λ_ent < 0, an unknown option; at the call, shapes, devices or numbers of
+            heads that do not fit, or values < 0 on the CPU (logits).
+
+    Examples:
+        >>> import torch
+        >>> from c2bin_ext import MultiScaleClusterHead, MultiScaleClusterLoss
+        >>> head = MultiScaleClusterHead(in_features=8, num_clusters=(2, 4))
+        >>> features0, features1 = torch.randn(2, 16, 8)
+        >>> MultiScaleClusterLoss()((head(features0), head(features1))).loss.backward()
+
+    Source: C2BIN, sections 3.3 and 3.4; `functional.multi_scale_cluster_loss`.
+    """
+
+    def __init__(
+        self,
+        entropy_weight: float = 1.0,
+        temperature: float = 0.1,
+        similarity: str = "cosine",
+        positive_in_denominator: bool = True,
+        symmetric: bool = True,
+        reduction: str = "mean",
+        gather_distributed: bool = False,
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__(
+            entropy_weight=entropy_weight,
+            temperature=temperature,
+            similarity=similarity,
+            positive_in_denominator=positive_in_denominator,
+            symmetric=symmetric,
+            reduction=reduction,
+            gather_distributed=gather_distributed,
+            validate_args=validate_args,
+        )
+
+    def forward(
+        self,
+        assignments: Heads,
+        target_assignments: Heads | None = None,
+        statistics: Tensor | None = None,
+    ) -> ClusterLossOutput:
+        return functional.multi_scale_cluster_loss(
             assignments,
-            reduction=self.reduction,
-            gather_distributed=self.gather_distributed,
-            validate_args=self.validate_args,
-            running=self.running,
+            target_assignments=target_assignments,
+            statistics=statistics,
+            **self.options(),
+        )
+
+    def statistics(self, assignments: Heads, target_assignments: Heads | None = None) -> Tensor:
+        """All sums over instances that the loss needs of a micro-batch, Eq. 4 and 5.
+
+        Formula: see `functional.cluster_statistics`; how to use them: see `C2BINLoss.statistics`.
+
+        Args:
+            assignments: (heads of view 0, heads of view 1), each a sequence of (n, K).
+            target_assignments: as for the call of the loss.
+
+        Returns:
+            A vector, without gradient.
+
+        Raises:
+            TypeError: as the call of the loss.
+            ValueError: as the call of the loss.
+
+        Examples:
+            >>> import torch
+            >>> from c2bin_ext import MultiScaleClusterLoss
+            >>> views = (torch.eye(2),), (torch.eye(2),)
+            >>> total = 3 * MultiScaleClusterLoss().statistics(views)
+            >>> MultiScaleClusterLoss()(views, statistics=total).entropy
+            tensor(0.)
+
+        Source: `functional.cluster_statistics`.
+        """
+        return functional.cluster_statistics(
+            assignments,
+            target_assignments=target_assignments,
+            **self.options(*_OF_SUMS),
         )
 
 
 class C2BINLoss(_Loss):
-    """The whole objective of C2BIN, Eq. 5-7.
+    """The whole objective of C2BIN, Eq. 5-7, by default in the form that trained best.
 
     Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
 
@@ -224,37 +291,31 @@ class C2BINLoss(_Loss):
         similarity: `"cosine"` or `"dot"`, see `BCAContrastiveLoss`.
         positive_in_denominator: see `BCAContrastiveLoss`.
         symmetric: contrast in both directions, see `BCAContrastiveLoss`.
-        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise the
-            first alone, as printed, and p1 and z0 are not read.
+        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
+            the first, as printed, and p1 and z0 are not read.
         reduction: `"mean"` or `"sum"`, see `ClusterEntropyRegularizer`.
         gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
             global batch over all ranks, with one all-reduce.
         validate_args: check that values are finite and rows of assignments sum to 1; waits for
             the GPU.
-        running_decay: β in [0, 1). Above 0, the statistics of the cluster terms are smoothed over
-            some 1/(1 - β) steps, as more instances would make them: for batches of few images per
-            cluster. Kept in a buffer; see `c2bin_ext.statistics.RunningStatistics`.
-        num_clusters: K of each head, wanted with `running_decay` alone.
 
     Returns:
         Called with `predictions` (p0, p1), `targets` (z0, z1), each (n, d), and `assignments`
         (heads of view 0, heads of view 1), each a sequence of (n, K):
         `C2BINLossOutput(loss, alignment, contrast, entropy)`, 0-dim tensors. Only `loss` is
-        weighted. `statistics` is for micro-batches: see the method of that name. Given
-        `target_assignments`, as `assignments` but of the follower's features, each view is
-        contrasted with the follower's other view, which gets no gradient.
+        weighted. `target_assignments` and `statistics` are those of `MultiScaleClusterLoss`.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: τ <= 0, a weight < 0, an unknown option; at the call, shapes, devices or
-            numbers of heads that do not fit.
+            numbers of heads that do not fit, or assignments < 0 on the CPU (logits).
 
     Examples:
         >>> import torch
         >>> from c2bin_ext import C2BINLoss, MultiScaleClusterHead
         >>> head = MultiScaleClusterHead(in_features=8, num_clusters=(2, 4))
-        >>> features0, features1 = torch.randn(16, 8), torch.randn(16, 8)
-        >>> predictions, targets = torch.randn(2, 16, 6), torch.randn(2, 16, 6)
+        >>> features0, features1 = torch.randn(2, 16, 8)
+        >>> predictions, targets = torch.randn(2, 2, 16, 6)
         >>> output = C2BINLoss()(
         ...     predictions=tuple(predictions),
         ...     targets=tuple(targets),
@@ -263,14 +324,15 @@ class C2BINLoss(_Loss):
         >>> output.loss.shape
         torch.Size([])
 
-    Source: C2BIN, sections 3.3 to 3.5; `functional.c2bin_loss`.
+    Source: C2BIN, sections 3.3 to 3.5; `functional.c2bin_loss`. The defaults are measured: see the
+    Decisions page.
     """
 
     def __init__(
         self,
-        cluster_weight: float = 2.0,
+        cluster_weight: float = 0.5,
         entropy_weight: float = 1.0,
-        temperature: float = 0.5,
+        temperature: float = 0.1,
         similarity: str = "cosine",
         positive_in_denominator: bool = True,
         symmetric: bool = True,
@@ -278,25 +340,19 @@ class C2BINLoss(_Loss):
         reduction: str = "mean",
         gather_distributed: bool = False,
         validate_args: bool = False,
-        running_decay: float = 0.0,
-        num_clusters: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
-        self.cluster_weight = _checks.finite_number("cluster_weight", cluster_weight)
-        self.entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
-        self.temperature = _checks.finite_number("temperature", temperature, above=0)
-        self.similarity = _checks.choice("similarity", similarity, _checks.SIMILARITIES)
-        self.positive_in_denominator = _checks.flag(
-            "positive_in_denominator", positive_in_denominator
+        super().__init__(
+            cluster_weight=cluster_weight,
+            entropy_weight=entropy_weight,
+            temperature=temperature,
+            similarity=similarity,
+            positive_in_denominator=positive_in_denominator,
+            symmetric=symmetric,
+            symmetric_alignment=symmetric_alignment,
+            reduction=reduction,
+            gather_distributed=gather_distributed,
+            validate_args=validate_args,
         )
-        self.symmetric = _checks.flag("symmetric", symmetric)
-        self.symmetric_alignment = _checks.flag("symmetric_alignment", symmetric_alignment)
-        self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-        self.running = running_statistics(running_decay, num_clusters, self._sums)
-
-    def _sums(self, clusters: int) -> int:
-        # Two views' masses, the Gram matrix, and two views' squared norms for cosines.
-        return clusters**2 + clusters * (4 if self.similarity == "cosine" else 2)
 
     @classmethod
     def paper(cls, **overrides: Any) -> C2BINLoss:
@@ -324,6 +380,8 @@ class C2BINLoss(_Loss):
         Source: C2BIN, Eq. 1-7 and Table 5.
         """
         printed: dict[str, Any] = {
+            "cluster_weight": 2.0,
+            "temperature": 0.5,
             "similarity": "dot",
             "positive_in_denominator": False,
             "symmetric": False,
@@ -332,67 +390,29 @@ class C2BINLoss(_Loss):
         }
         return cls(**(printed | overrides))
 
-    @classmethod
-    def recommended(cls, **overrides: Any) -> C2BINLoss:
-        """Return the objective that trained best, called with `target_assignments`.
-
-        Formula: Eq. 1, 4 and 5 as by default, with a cluster weight of 0.5 and a temperature of 0.1
-        instead of Table 5's 2.0 and 0.5.
-
-        Args:
-            overrides: any argument of `C2BINLoss`.
-
-        Returns:
-            The loss. Without `target_assignments` it contrasts two views of the runner, as in the
-            paper. What it was measured on: see the Decisions page.
-
-        Raises:
-            TypeError: an unknown argument, or one of the wrong type.
-            ValueError: as `C2BINLoss`.
-
-        Examples:
-            >>> from c2bin_ext import C2BINLoss
-            >>> criterion = C2BINLoss.recommended()
-            >>> criterion.cluster_weight, criterion.temperature
-            (0.5, 0.1)
-
-        Source: measured by `examples/decisions.py`.
-        """
-        return cls(**({"cluster_weight": 0.5, "temperature": 0.1} | overrides))
-
     def forward(
         self,
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
-        assignments: Sequence[Sequence[Tensor]],
+        assignments: Heads,
+        target_assignments: Heads | None = None,
         statistics: Tensor | None = None,
-        target_assignments: Sequence[Sequence[Tensor]] | None = None,
     ) -> C2BINLossOutput:
         return functional.c2bin_loss(
             predictions,
             targets,
             assignments,
-            cluster_weight=self.cluster_weight,
-            entropy_weight=self.entropy_weight,
-            temperature=self.temperature,
-            similarity=self.similarity,
-            positive_in_denominator=self.positive_in_denominator,
-            symmetric=self.symmetric,
-            symmetric_alignment=self.symmetric_alignment,
-            reduction=self.reduction,
-            gather_distributed=self.gather_distributed,
-            validate_args=self.validate_args,
-            running=self.running,
-            statistics=statistics,
             target_assignments=target_assignments,
+            statistics=statistics,
+            **self.options(),
         )
 
     def statistics(
         self,
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
-        assignments: Sequence[Sequence[Tensor]],
-        target_assignments: Sequence[Sequence[Tensor]] | None = None,
+        assignments: Heads,
+        target_assignments: Heads | None = None,
     ) -> Tensor:
         """All sums over instances that the loss needs of a micro-batch, Eq. 1, 4 and 5.
 
@@ -431,9 +451,10 @@ class C2BINLoss(_Loss):
             predictions,
             targets,
             assignments,
-            similarity=self.similarity,
-            symmetric_alignment=self.symmetric_alignment,
-            gather_distributed=self.gather_distributed,
-            validate_args=self.validate_args,
             target_assignments=target_assignments,
+            **self.options("cluster_weight", *_OF_SUMS),
         )
+
+
+# What the sums over instances do not depend on.
+_OF_SUMS = ("entropy_weight", "temperature", "positive_in_denominator", "symmetric", "reduction")

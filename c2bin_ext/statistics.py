@@ -1,21 +1,33 @@
-"""Sums over instances beyond the batch at hand: carried over steps, or taken over micro-batches.
+"""Sums over instances: all that C2BIN's losses need of a batch, and the only n x K work in them.
 
-All that C2BIN's cluster terms need of a batch are sums over instances: Gram matrices of BCAs, their
-squared norms, cluster masses. So the loss of more instances than fit into memory needs no features
-of the others, only their sums: O(K²) numbers a head, whatever the number of instances.
+Cosines of predictions with targets, their count, cluster masses, Gram matrices of batch-wise
+cluster assignment vectors and their squared norms are sums over instances. So the loss of more
+instances than are at hand, those of other ranks or of other micro-batches, needs no features of
+theirs, only their sums: O(K²) numbers a head, whatever the number of instances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from c2bin_ext import _checks
-from c2bin_ext._numerics import is_compiling
+from c2bin_ext._numerics import (
+    at_least_float32,
+    differentiate,
+    is_eager,
+    needs_formula,
+    smallest_square,
+    unit_rows,
+    without_autocast,
+)
 
-__all__ = ["RunningStatistics", "at_value_of"]
+__all__ = ["BatchStatistics", "HeadStatistics", "at_value_of"]
 
 
 def at_value_of(own: Tensor, total: Tensor) -> Tensor:
@@ -40,114 +52,225 @@ def at_value_of(own: Tensor, total: Tensor) -> Tensor:
     return own + (total - own).detach()
 
 
-class RunningStatistics(nn.Module):
-    """Exponentially decayed mean of batch sums; the past is constant, the batch has the gradient.
+class HeadStatistics(NamedTuple):
+    """What the cluster terms need of one head; a pair is two assignments that are contrasted.
 
-    Formula: `A_t = (S_t + β S_{t-1} + β² S_{t-2} + …) / (1 + β + β² + …)`.
-
-    Smoothed over some 1/(1 - β) steps, so a batch has a share of about 1 - β in it, and the
-    gradient of the loss that share. The mean, and with it cosines and shares of mass, is exact from
-    the first step on. It moves in training mode alone. A batch with a non-finite sum, as when half
-    precision overflows, is used but not remembered.
-
-    Sums are kept in float32 at least, in a buffer that state dicts carry. Every rank keeps the same
-    sums when those it is given are global, as with `gather_distributed=True`.
-
-    Args:
-        size: how many sums there are.
-        decay: β, 0 <= β < 1.
-
-    Returns:
-        Called with sums (size,): smoothed sums (size,).
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a decay outside [0, 1); at the call, a shape that does not fit.
-
-    Examples:
-        >>> import torch
-        >>> from c2bin_ext.statistics import RunningStatistics
-        >>> running = RunningStatistics(size=1, decay=0.5)
-        >>> [round(float(running(torch.tensor([s]))), 3) for s in (3.0, 3.0, 10.0)]
-        [3.0, 3.0, 7.0]
-
-    Source: this library; the paper reports that its loss is unstable once K exceeds the batch
-    (Table 2), where a batch says little about most columns.
+    Attributes:
+        grams: `C'ᵀC''` of every pair, (pairs, K, K).
+        masses: `Σ_i P[i, k]` of the runner's views, (views, K).
+        squares: `‖c_k‖²` of the first of every pair, then of the second, (2 pairs, K); no rows for
+            dot products.
     """
 
-    sums: Tensor
-    weight: Tensor
+    grams: Tensor
+    masses: Tensor
+    squares: Tensor
 
-    def __init__(self, size: int, decay: float) -> None:
-        super().__init__()
-        self.decay = decay_rate("decay", decay)
-        _checks.whole_number("size", size, 1)
-        self.register_buffer("sums", torch.zeros(size))
-        self.register_buffer("weight", torch.zeros(()))
 
-    def extra_repr(self) -> str:
-        return f"size={self.sums.numel()}, decay={self.decay}"
+class Layout(NamedTuple):
+    """Which sums there are, and where the entries of each head stand among those of all.
 
-    def forward(self, own: Tensor) -> Tensor:
-        if own.shape != self.sums.shape:
-            raise ValueError(
-                f"own: expected {self.sums.numel()} sums, got shape {tuple(own.shape)}; running "
-                "statistics were made for other numbers of clusters"
-            )
-        batch = own.detach()
-        sums, weight = self.decay * self.sums + own, self.decay * self.weight + 1
-        if self.training:
-            # A number that is not finite would never decay away; torch.where does not wait for
-            # the GPU to tell.
-            finite = batch.isfinite().all()
-            with torch.no_grad():
-                new = [
-                    torch.where(finite, now, before)
-                    for now, before in ((sums, self.sums), (weight, self.weight))
+    Attributes:
+        num_clusters: K of each head.
+        views: how many views of the runner there are, whose masses are summed.
+        pairs: how many pairs of assignments each head contrasts.
+        floors: of the firsts of the pairs, then of the seconds, the squared norm up to which a
+            column counts as empty; none for dot products, which need no norms.
+    """
+
+    num_clusters: tuple[int, ...]
+    views: int
+    pairs: int
+    floors: tuple[float, ...]
+
+    @property
+    def spans(self) -> list[slice]:
+        """Where the clusters of each head are among those of all."""
+        ends = [*accumulate(self.num_clusters)]
+        return [slice(end - k, end) for end, k in zip(ends, self.num_clusters, strict=True)]
+
+    def blocks(self, grams: Tensor) -> Iterator[tuple[Tensor, slice]]:
+        """Go through the Gram matrices of all heads, or something as long, head by head.
+
+        Returns:
+            Of every head its entries, (pairs, K, K), and where its clusters are among all.
+        """
+        start = 0
+        for clusters, span in zip(self.num_clusters, self.spans, strict=True):
+            stop = start + self.pairs * clusters**2
+            yield grams[start:stop].view(self.pairs, clusters, clusters), span
+            start = stop
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """The sums over instances of one batch; heads lie side by side, so that they share operators.
+
+    Attributes:
+        cosines: `Σ_i cos(p_i, z_i)` of every direction of Eq. 1, (directions,).
+        count: the number of instances n.
+        grams: Gram matrices of all heads one after another, those of all pairs of a head together.
+        masses: cluster masses of the runner's views, (views, ΣK).
+        squares: squared norms of all columns: firsts of the pairs, then seconds, (2 pairs, ΣK).
+        layout: which sums these are.
+    """
+
+    cosines: Tensor
+    count: int | Tensor
+    grams: Tensor
+    masses: Tensor
+    squares: Tensor
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls,
+        aligned: Sequence[tuple[Tensor, Tensor]] = (),
+        views: Sequence[Sequence[Tensor]] = (),
+        fixed: Sequence[Sequence[Tensor]] = (),
+        *,
+        contrast: str = "",
+    ) -> BatchStatistics:
+        """Sum over the instances at hand.
+
+        Args:
+            aligned: predictions and their targets, each (n, d); targets get no gradient.
+            views: of every view of the runner, the assignments (n, K) of each head.
+            fixed: likewise of the follower, which gets no gradient: each of the runner's views is
+                contrasted with the follower's other one instead of with the runner's.
+            contrast: `"cosine"`, `"dot"`, or nothing, for masses alone.
+
+        Returns:
+            The sums, with the gradient of the assignments and of the predictions.
+        """
+        cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
+        everyone = [*views, *([head.detach() for head in view] for view in reversed(fixed))]
+        layout = Layout(
+            num_clusters=tuple(head.shape[1] for head in views[0]) if views else (),
+            views=len(views),
+            pairs=len(everyone) // 2 if contrast else 0,
+            floors=tuple(smallest_square(view[0].dtype) for view in everyone)
+            if contrast == "cosine"
+            else (),
+        )
+        heads = at_least_float32(*(head for view in everyone for head in view))
+        if heads:
+            sums = _Sums.apply if is_eager(*heads) else _formula
+            grams, masses, squares = sums(layout, *heads)
+        else:
+            grams = masses = squares = cosines[0].new_empty(0)
+        return cls(
+            torch.stack(cosines) if cosines else masses.new_empty(0),
+            len(heads[0] if heads else aligned[0][0]),
+            grams,
+            masses,
+            squares,
+            layout,
+        )
+
+    @property
+    def heads(self) -> tuple[HeadStatistics, ...]:
+        """The sums of every head, as views."""
+        return tuple(
+            HeadStatistics(grams, self.masses[:, clusters], self.squares[:, clusters])
+            for grams, clusters in self.layout.blocks(self.grams)
+        )
+
+    def flat(self) -> Tensor:
+        """Return all sums in one vector, which ranks and micro-batches add up."""
+        return torch.cat([part.reshape(-1) for part in self._parts()])
+
+    def at(self, total: Tensor) -> BatchStatistics:
+        """Return these statistics with the sums of `total`, a vector as `flat` returns."""
+        parts = self._parts()
+        split = torch.split(total, [part.numel() for part in parts])
+        cosines, count, grams, masses, squares = (
+            new.view_as(old).to(old.dtype) for new, old in zip(split, parts, strict=True)
+        )
+        return BatchStatistics(cosines, count, grams, masses, squares, self.layout)
+
+    def _parts(self) -> list[Tensor]:
+        count = self.count
+        if not isinstance(count, Tensor):
+            count = self.masses.new_full((), count)
+        return [self.cosines, count, self.grams, self.masses, self.squares]
+
+
+def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
+    dtypes = prediction.dtype, target.dtype
+    prediction, target = at_least_float32(prediction, target.detach())
+    return (unit_rows(prediction, dtypes[0]) * unit_rows(target, dtypes[1])).sum()
+
+
+Sums = tuple[Tensor, Tensor, Tensor]
+
+
+def _formula(layout: Layout, *heads: Tensor) -> Sums:
+    """Gram matrices, masses and squared norms: what autograd, compilers and torch.func follow."""
+    each, pairs = len(layout.num_clusters), layout.pairs
+    views = [torch.cat(heads[i : i + each], dim=1) for i in range(0, len(heads), each)]
+    masses = torch.stack([view.sum(dim=0) for view in views[: layout.views]])
+    grams, squares = masses.new_empty(0), masses.new_empty(0, masses.shape[1])
+    if pairs:
+        firsts, seconds = heads[: pairs * each], heads[pairs * each :]
+        with without_autocast(heads[0]):
+            grams = torch.cat(
+                [
+                    (firsts[p * each + h].T @ seconds[p * each + h]).reshape(-1)
+                    for h in range(each)
+                    for p in range(pairs)
                 ]
-                if is_compiling():
-                    # Compiled, the backward pass computes `weight` again, from the buffer as it
-                    # is then: it must still find what this step began with.
-                    self.sums, self.weight = new
-                else:
-                    self.sums.copy_(new[0])
-                    self.weight.copy_(new[1])
-        # The batch's own share of the gradient. Giving it the whole, at lagging statistics, makes
-        # the heads overshoot: clusters die.
-        return (sums / weight).to(own.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
-        sums, weight = self.sums, self.weight
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Half precision, of model.half() say, holds neither sums of thousands nor their decay.
-        if self.sums.dtype in (torch.float16, torch.bfloat16):
-            self.sums = sums.to(self.sums.device)
-            self.weight = weight.to(self.weight.device)
-        return self
-
-
-def decay_rate(name: str, value: float) -> float:
-    """Return a decay, which must lie in [0, 1)."""
-    value = _checks.finite_number(name, value)
-    if value >= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
-    return value
-
-
-def running_statistics(
-    decay: float, num_clusters: Sequence[int] | None, size: Callable[[int], int]
-) -> RunningStatistics | None:
-    """Return what a loss carries over steps: nothing without a decay.
-
-    `size` tells how many sums a head of K clusters has.
-    """
-    decay = decay_rate("running_decay", decay)
-    if num_clusters is None:
-        if decay > 0:
-            raise ValueError(
-                "num_clusters: expected the number of clusters, since running_decay "
-                f"{decay} keeps statistics of them over steps, got None"
             )
-        return None
-    total = sum(size(k) for k in _checks.cluster_counts(num_clusters))
-    return RunningStatistics(total, decay) if decay > 0 else None
+    if layout.floors:
+        squares = torch.stack([(view * view).sum(dim=0) for view in views])
+    return grams, masses, squares
+
+
+class _Sums(torch.autograd.Function):
+    """`_formula` with the gradient in closed form: one product and two additions a matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: Layout, *heads: Tensor) -> Sums:
+        each, pairs = len(layout.num_clusters), layout.pairs
+        ctx.save_for_backward(*heads)
+        ctx.layout = layout
+        ctx.set_materialize_grads(False)
+        # Of all heads and views at once: at the usual sizes, launches cost most.
+        columns = torch.cat(heads, dim=1)
+        every = columns.shape[1] // sum(layout.num_clusters)
+        masses = columns.view(len(columns), every, -1)[:, : layout.views].sum(dim=0)
+        squares = columns.new_empty(0, masses.shape[1])
+        if layout.floors:
+            squares = columns.mul_(columns).sum(dim=0).view(every, -1)
+        grams = columns.new_empty(pairs * sum(k**2 for k in layout.num_clusters))
+        firsts, seconds = heads[: pairs * each], heads[pairs * each :]
+        # Autocast leaves products alone that are told where to write.
+        for h, (block, _) in enumerate(layout.blocks(grams)):
+            for p, gram in enumerate(block):
+                torch.mm(firsts[p * each + h].T, seconds[p * each + h], out=gram)
+        return grams, masses, squares
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layout, heads = ctx.layout, ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if needs_formula():
+            return None, *differentiate(lambda *x: _formula(layout, *x), heads, needed, grads)
+        each, pairs, (grams, masses, squares) = len(layout.num_clusters), layout.pairs, grads
+        blocks = [] if grams is None else [block for block, _ in layout.blocks(grams)]
+        found: list[Tensor | None] = []
+        for i, (own, need) in enumerate(zip(heads, needed, strict=True)):
+            view, head = divmod(i, each)
+            clusters = layout.spans[head]
+            grad = None if masses is None or not need else masses[view, clusters].expand_as(own)
+            if blocks and need:
+                gram, other = blocks[head][view % pairs], heads[(i + pairs * each) % len(heads)]
+                factors = (other, gram.T if view < pairs else gram)
+                out = torch.empty_like(own, memory_format=torch.contiguous_format)
+                # With the masses' gradient as the bias of the product.
+                product = torch.mm if grad is None else partial(torch.addmm, grad)
+                grad = product(*factors, out=out)
+                if squares is not None:
+                    grad.addcmul_(own, squares[view, clusters], value=2)
+            found.append(grad)
+        return None, *found

@@ -35,20 +35,26 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from c2bin_ext import BCAContrastiveLoss, C2BINLoss, ClusterEntropyRegularizer
+from c2bin_ext import (
+    BCAContrastiveLoss,
+    C2BINLoss,
+    ClusterEntropyRegularizer,
+    MultiScaleClusterLoss,
+)
 
 Logits = list[tuple[Tensor, Tensor]]
 Candidate = Callable[[Logits], Tensor]
 SMALL, LARGE = (32, 64, 128), (512, 1024, 2048)
-BOTH = "`BCAContrastiveLoss` + `ClusterEntropyRegularizer`"
+CLUSTERS = "`MultiScaleClusterLoss`"
+APART = "`BCAContrastiveLoss` + `ClusterEntropyRegularizer`, head by head"
 WHOLE = "`C2BINLoss`, alignment included"
 SWAV = "lightly `SwaVLoss`"
 FLOOR = "floor: softmax and matmul"
 # (n, K): {what: (compared with, largest ratio)}
 TARGETS: dict[tuple[int, tuple[int, ...]], dict[str, tuple[str, float]]] = {
-    (256, SMALL): {BOTH: (FLOOR, 2.5)},
-    (256, LARGE): {BOTH: (FLOOR, 1.35)},
-    (1024, SMALL): {BOTH: (SWAV, 0.6)},
+    (256, SMALL): {CLUSTERS: (FLOOR, 2.0)},
+    (1024, SMALL): {CLUSTERS: (FLOOR, 1.4)},
+    (256, LARGE): {CLUSTERS: (FLOOR, 1.2)},
 }
 GRID_N = (64, 256, 1024, 8192)
 GRID_K: tuple[tuple[int, ...], ...] = ((10,), SMALL, LARGE, (4096,))
@@ -61,6 +67,17 @@ def floor(logits: Logits) -> Tensor:
     return sum(
         ((a.softmax(1).T @ b.softmax(1)).sum() for a, b in logits), logits[0][0].new_zeros(())
     )
+
+
+def clusters_of(**options: Any) -> Candidate:
+    criterion = MultiScaleClusterLoss(**options)
+    return lambda logits: criterion(heads_of(logits)).loss
+
+
+def clusters_against_follower(logits: Logits) -> Tensor:
+    with torch.no_grad():
+        fixed = heads_of(logits)
+    return MultiScaleClusterLoss()(heads_of(logits), target_assignments=fixed).loss
 
 
 def cluster_terms(**options: Any) -> Candidate:
@@ -107,8 +124,7 @@ def against_follower(logits: Logits) -> Tensor:
     with torch.no_grad():
         fixed = heads_of(logits)
     heads = heads_of(logits)
-    criterion = C2BINLoss.recommended()
-    return criterion(embeddings, embeddings, heads, target_assignments=fixed).loss
+    return C2BINLoss()(embeddings, embeddings, heads, target_assignments=fixed).loss
 
 
 def swav(logits: Logits) -> Tensor:
@@ -157,10 +173,12 @@ def candidates_for(
 ) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {
         FLOOR: floor,
-        BOTH: cluster_terms(),
+        CLUSTERS: clusters_of(),
+        f"{CLUSTERS}, against the follower": clusters_against_follower,
+        APART: cluster_terms(),
         WHOLE: objective,
         f"{WHOLE}, against the follower": against_follower,
-        '`similarity="dot"`': cluster_terms(similarity="dot"),
+        f'{CLUSTERS}, `similarity="dot"`': clusters_of(similarity="dot"),
     }
     if grid:
         found |= {
@@ -170,7 +188,7 @@ def candidates_for(
         if compiled:
             options = {"fullgraph": True, "dynamic": False}
             found |= {
-                f"{BOTH}, compiled": torch.compile(cluster_terms(), **options),
+                f"{CLUSTERS}, compiled": torch.compile(clusters_of(), **options),
                 f"{WHOLE}, compiled": torch.compile(objective, **options),
             }
     if grid or n != 256:
