@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    HEADS,
     Case,
     close,
     evaluate,
@@ -31,9 +32,17 @@ from c2bin_ext.functional import bca_contrastive_loss, cluster_mass
 
 HAS_COMPILER = shutil.which("gcc") is not None and shutil.which("g++") is not None
 loads_forward_mode = pytest.mark.filterwarnings("ignore:`?torch.jit.script")
-is_head = pytest.mark.parametrize(
-    "case", [case for case in CASES.values() if case.name.startswith("head")], ids=lambda c: c.name
-)
+# Symbolic shapes are slow to trace: one row of a kind.
+DYNAMIC = [
+    "alignment",
+    "contrast",
+    "contrast dot, positive left out, one way",
+    "entropy sum",
+    "clusters in micro-batches",
+    "paper",
+    "features and follower",
+    "head, hidden, evaluated",
+]
 
 
 @pytest.fixture
@@ -52,29 +61,32 @@ def agree(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompile:
     @over()
-    def test_whole_graph_of_any_batch_size_with_gradients(self, case: Case) -> None:
-        from torch._dynamo.backends.common import aot_autograd
+    def test_whole_graph_with_gradients(self, case: Case) -> None:
+        module, arguments = case.build(), case.arguments(heads=HEADS[:2])
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
+        agree(evaluate(compiled, arguments), evaluate(module, arguments))
 
-        graphs = []
+    @pytest.mark.parametrize("name", DYNAMIC)
+    def test_dynamic_shapes_compile_once(self, name: str) -> None:
+        case, graphs = CASES[name], []
 
-        def compiler(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
             graphs.append(graph)
             return graph.forward
 
         module = case.build()
-        backend = aot_autograd(fw_compiler=compiler)
         compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
-        for n in (6, 9):
+        for n in (6, 9, 31):
             arguments = case.arguments(n)
             agree(evaluate(compiled, arguments), evaluate(module, arguments))
-        # Forward and backward, once each.
-        assert len(graphs) == 2
+        assert len(graphs) == 1
 
-    @pytest.mark.parametrize("name", ["clusters", "objective and follower", "features"])
-    def test_static_shapes(self, name: str) -> None:
-        module, arguments = CASES[name].build(), CASES[name].arguments()
-        compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
-        agree(evaluate(compiled, arguments), evaluate(module, arguments))
+    def test_dynamic_shapes_with_aot_eager(self) -> None:
+        case = CASES["clusters and follower"]
+        module = case.build()
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n in (6, 9):
+            agree(evaluate(compiled, case.arguments(n)), evaluate(module, case.arguments(n)))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("name", ["objective", "features and follower"])
@@ -108,7 +120,7 @@ class TestCompile:
     # torch's compiler uses some of torch's own deprecated functions.
     @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
     @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
-    @pytest.mark.parametrize("name", ["objective", "features and follower"])
+    @pytest.mark.parametrize("name", ["features and follower"])
     def test_inductor(self, name: str) -> None:
         case = CASES[name]
         module, arguments = case.build().float(), case.arguments(dtype=torch.float32)
@@ -116,12 +128,11 @@ class TestCompile:
         agree(evaluate(compiled, arguments), evaluate(module, arguments), 1e-4)
 
 
-def evaluated_heads() -> Any:
-    return over("n = 1", where=lambda case: case.name.startswith("head"))
+evaluated_heads = over("n = 1", where=lambda case: case.name.startswith("head"))
 
 
 class TestExport:
-    @evaluated_heads()
+    @evaluated_heads
     def test_head_with_a_dynamic_batch(self, case: Case) -> None:
         head = case.build()
         batch = torch.export.Dim("n", min=2, max=1024)
@@ -133,7 +144,7 @@ class TestExport:
             close(outputs, head(*case.arguments(n)), 1e-12)
         assert {name for name, _ in head.named_parameters()} <= set(program.state_dict)
 
-    @evaluated_heads()
+    @evaluated_heads
     def test_head_survives_a_round_trip(self, case: Case) -> None:
         head, buffer = case.build(), io.BytesIO()
         torch.export.save(torch.export.export(head, case.arguments()), buffer)
@@ -188,7 +199,7 @@ class TestFunc:
     @over(where=lambda case: "func" in case.refuses)
     def test_what_is_said_to_be_refused_is(self, case: Case) -> None:
         module, arguments = case.build(), case.arguments()
-        with pytest.raises(RuntimeError, match="in-place"):
+        with pytest.raises(RuntimeError, match="in-?place"):
             vmap(module)(*stacked([arguments, arguments]))
 
     @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, 0)])
