@@ -8,7 +8,7 @@ Values are read by `validate_assignments` and `validate_finite`, for `validate_a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -175,37 +175,44 @@ def validate_assignments(name: str, tensor: Tensor) -> None:
         )
 
 
-def not_logits(name: str, tensor: Tensor) -> None:
+def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | None = None) -> None:
     """Check that assignments are not negative, where reading values waits for nothing.
 
-    So on the CPU, in an eager step, and not for what has no values, such as fake tensors.
+    So on the CPU, in an eager step, and not for what has no values, such as fake tensors. `mass`
+    is their total, if known: where it is that of rows that sum to 1, entries are not looked at.
     """
+    tensors = list(assignments.values())
     if (
-        tensor.device.type == "cpu"
-        and is_eager(tensor)
-        and type(tensor) is Tensor
-        and not torch._C._len_torch_dispatch_stack()
-        and (low := float(tensor.detach().amin(dim=0).amin())) < -TOLERANCE
+        any(tensor.device.type != "cpu" or type(tensor) is not Tensor for tensor in tensors)
+        or torch._C._len_torch_dispatch_stack()
+        or not is_eager(*tensors)
     ):
-        raise ValueError(
-            f"{name}: expected values >= 0 as of softmax(logits, dim=1), got {low:g}; are these "
-            "the logits?"
-        )
+        return
+    rows = sum(map(len, tensors))
+    if mass is not None and abs(float(mass().detach()) - rows) <= TOLERANCE * rows:
+        return
+    for name, tensor in assignments.items():
+        low = float(tensor.detach().amin(dim=0).amin())
+        if low < -TOLERANCE:
+            raise ValueError(
+                f"{name}: expected values >= 0 as of softmax(logits, dim=1), got {low:g}; are "
+                "these the logits?"
+            )
 
 
-def sums(name: str, total: Tensor, own: Tensor, made_by: str) -> None:
+def sums(name: str, total: Tensor, own: Tensor) -> None:
     """Check the sums over all micro-batches, a vector like `own`."""
     if not isinstance(total, Tensor):
         raise TypeError(
-            f"{name}: expected a vector as {made_by} returns, got {type(total).__name__}"
+            f"{name}: expected a vector as c2bin_statistics returns, got {type(total).__name__}"
         )
     if total.shape != own.shape:
         raise ValueError(
-            f"{name}: expected shape {tuple(own.shape)} as {made_by} returns for the same heads "
-            f"and options, got shape {tuple(total.shape)}"
+            f"{name}: expected shape {tuple(own.shape)} as c2bin_statistics returns for the same "
+            f"heads and options, got shape {tuple(total.shape)}"
         )
     if not total.is_floating_point():
         raise TypeError(
-            f"{name}: expected floating-point sums as {made_by} returns, got {total.dtype}"
+            f"{name}: expected floating-point sums as c2bin_statistics returns, got {total.dtype}"
         )
     same_device(name, total, "the batch", own)

@@ -42,7 +42,6 @@ __all__ = [
     "cluster_assignments",
     "cluster_entropy_regularizer",
     "cluster_mass",
-    "cluster_statistics",
     "multi_scale_cluster_loss",
 ]
 
@@ -209,7 +208,9 @@ def bca_contrastive_loss(
     _check_assignments("assignments0", assignments0, validate_args)
     _check_assignments("assignments1", assignments1, validate_args)
     _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
-    sums = BatchStatistics.of(views=[[assignments0], [assignments1]], contrast=options.similarity)
+    views = {"assignments0": assignments0, "assignments1": assignments1}
+    sums = BatchStatistics.of(views=[[view] for view in views.values()], contrast=similarity)
+    _checks.not_logits(views, sums.mass)
     return _formulas.contrast(_total(sums, gather_distributed, validate_args), options)
 
 
@@ -282,6 +283,7 @@ def cluster_entropy_regularizer(
     _checks.options(reduction=reduction)
     _check_assignments("assignments", assignments, validate_args)
     sums = BatchStatistics.of(views=[[assignments]])
+    _checks.not_logits({"assignments": assignments}, sums.mass)
     return _entropy(_total(sums, gather_distributed, validate_args), reduction)
 
 
@@ -297,7 +299,6 @@ def multi_scale_cluster_loss(
     gather_distributed: bool = False,
     validate_args: bool = False,
     target_assignments: Heads | None = None,
-    statistics: Tensor | None = None,
 ) -> ClusterLossOutput:
     """The cluster terms of all scales, Eq. 5-6: what one adds to any method with two views.
 
@@ -320,9 +321,6 @@ def multi_scale_cluster_loss(
         target_assignments: as `assignments`, but of the follower's features (the EMA target
             network's). If given, each view is contrasted with the follower's other view, which is
             detached; L_bca is the mean of both pairs, and L_ent stays that of `assignments`.
-        statistics: the sum of `cluster_statistics` over the micro-batches of a batch. The loss is
-            then that of the batch, and the gradients of its micro-batches add up to that of the
-            batch.
 
     Returns:
         `ClusterLossOutput(loss, contrast, entropy)`; contrast and entropy are summed over scales,
@@ -345,7 +343,7 @@ def multi_scale_cluster_loss(
     _checks.options(entropy_weight=entropy_weight, reduction=reduction)
     options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
     sums = _batch(assignments, target_assignments, similarity, validate_args)
-    total = _total(sums, gather_distributed, validate_args, statistics, "cluster_statistics")
+    total = _total(sums, gather_distributed, validate_args)
     return _cluster_terms(total, options, entropy_weight, reduction)
 
 
@@ -391,8 +389,9 @@ def c2bin_loss(
         validate_args: check that values are finite and rows of assignments sum to 1; waits for
             the GPU.
         target_assignments: contrast with the follower's, see `multi_scale_cluster_loss`.
-        statistics: the sum of `c2bin_statistics` over the micro-batches of a batch, see
-            `multi_scale_cluster_loss`.
+        statistics: the sum of `c2bin_statistics` over the micro-batches of a batch. The loss is
+            then that of the batch, and the gradients of its micro-batches add up to that of the
+            batch.
 
     Returns:
         `C2BINLossOutput(loss, alignment, contrast, entropy)`; contrast and entropy are summed over
@@ -425,47 +424,6 @@ def c2bin_loss(
     return C2BINLossOutput(loss, alignment, clusters.contrast, clusters.entropy)
 
 
-def cluster_statistics(
-    assignments: Heads,
-    *,
-    similarity: str = "cosine",
-    gather_distributed: bool = False,
-    validate_args: bool = False,
-    target_assignments: Heads | None = None,
-) -> Tensor:
-    """All sums over instances that `multi_scale_cluster_loss` needs of a batch, in one vector.
-
-    Formula: n, and of each head `C'ᵀC''`, the masses `s_k = Σ_i P[i, k]` of both views and, for
-    cosines, `‖c_k‖²`. See `c2bin_statistics`.
-
-    Args:
-        assignments: see `multi_scale_cluster_loss`.
-        similarity: see `multi_scale_cluster_loss`.
-        gather_distributed: sum over ranks too, in one all-reduce.
-        validate_args: see `multi_scale_cluster_loss`.
-        target_assignments: see `multi_scale_cluster_loss`.
-
-    Returns:
-        A vector of as many sums, without gradient, float32 (float64 for float64 inputs).
-
-    Raises:
-        TypeError: as `multi_scale_cluster_loss`.
-        ValueError: as `multi_scale_cluster_loss`.
-
-    Examples:
-        >>> import torch
-        >>> from c2bin_ext.functional import cluster_statistics
-        >>> cluster_statistics(((torch.eye(2),), (torch.eye(2),)))
-        tensor([2., 1., 0., 0., 1., 1., 1., 1., 1., 1., 1., 1., 1.])
-
-    Source: C2BIN, Eq. 4 and 5.
-    """
-    _contrast_options(similarity=similarity)
-    with torch.no_grad():
-        sums = _batch(assignments, target_assignments, similarity, validate_args)
-        return _total(sums, gather_distributed, validate_args).flat()
-
-
 def c2bin_statistics(
     predictions: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -479,7 +437,8 @@ def c2bin_statistics(
 ) -> Tensor:
     """All sums over instances that `c2bin_loss` needs of a batch, in one vector.
 
-    Formula: `Σ_i cos(p_i, z_i)` of each direction, and what `cluster_statistics` returns.
+    Formula: `Σ_i cos(p_i, z_i)` of each direction, n, and of each head `C'ᵀC''`, the masses
+    `s_k = Σ_i P[i, k]` of both views and, for cosines, `‖c_k‖²`.
 
     They add up over the parts of a batch: the sum over micro-batches, given to `c2bin_loss` as
     `statistics`, makes loss and gradient of each micro-batch those of the whole batch. No gradient
@@ -559,7 +518,10 @@ def _batch(
                 f"got {clusters}"
             )
         _check_instances("target_assignments", fixed, name or "assignments[0][0]", like)
-    return BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
+    sums = BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
+    _checks.not_logits(_named("assignments", assignments), sums.mass)
+    _checks.not_logits(_named("target_assignments", fixed))
+    return sums
 
 
 def _total(
@@ -567,7 +529,6 @@ def _total(
     gather_distributed: bool,
     validate_args: bool,
     statistics: Tensor | None = None,
-    made_by: str = "c2bin_statistics",
 ) -> BatchStatistics:
     """Return the sums that the loss is taken of: over micro-batches, over ranks, or as they are."""
     _checks.options(gather_distributed=gather_distributed)
@@ -575,7 +536,7 @@ def _total(
     if statistics is None:
         return own.at(*sum_over_ranks([own.flat()])) if spans_ranks else own
     flat = own.flat()
-    _checks.sums("statistics", statistics, flat, made_by)
+    _checks.sums("statistics", statistics, flat)
     if validate_args:
         _checks.validate_finite("statistics", statistics)
     # The W equal losses of the ranks, which DDP averages, as in `sum_over_ranks`.
@@ -609,8 +570,6 @@ def _check_assignments(name: str, assignments: Tensor, validate_args: bool) -> N
     _checks.matrix(name, assignments, "(n, K)", min_columns=2)
     if _checks.flag("validate_args", validate_args):
         _checks.validate_assignments(name, assignments)
-    else:
-        _checks.not_logits(name, assignments)
 
 
 def _aligned(
@@ -657,14 +616,20 @@ def _check_heads(argument: str, assignments: Heads, validate_args: bool) -> None
         _checks.same_shape(names[1], views[1], names[0], views[0])
 
 
+def _named(argument: str, assignments: Heads) -> dict[str, Tensor]:
+    return {
+        f"{argument}[{view}][{head}]": tensor
+        for view, heads in enumerate(assignments)
+        for head, tensor in enumerate(heads)
+    }
+
+
 def _check_instances(argument: str, assignments: Heads, like: str, other: Tensor) -> None:
     """Check that all heads have the rows of `other`, and its device."""
-    for view, heads in enumerate(assignments):
-        for head, tensor in enumerate(heads):
-            name = f"{argument}[{view}][{head}]"
-            if tensor.shape[0] != other.shape[0]:
-                raise ValueError(
-                    f"{name}: expected n = {other.shape[0]} rows as {like} has, "
-                    f"got shape {tuple(tensor.shape)}"
-                )
-            _checks.same_device(name, tensor, like, other)
+    for name, tensor in _named(argument, assignments).items():
+        if tensor.shape[0] != other.shape[0]:
+            raise ValueError(
+                f"{name}: expected n = {other.shape[0]} rows as {like} has, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        _checks.same_device(name, tensor, like, other)

@@ -25,8 +25,10 @@ __all__ = [
 class _Loss(nn.Module):
     """Options as attributes, read at every call, so that a schedule may set them."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
+        own = {"self", "__class__"}
+        options = {name: value for name, value in arguments.items() if name not in own}
         self._names = tuple(options)
         for name, value in _checks.options(**options).items():
             setattr(self, name, value)
@@ -68,7 +70,7 @@ class BootstrapAlignmentLoss(_Loss):
     """
 
     def __init__(self, gather_distributed: bool = False, validate_args: bool = False) -> None:
-        super().__init__(gather_distributed=gather_distributed, validate_args=validate_args)
+        super().__init__(locals())
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         return functional.bootstrap_alignment_loss(prediction, target, **self.options())
@@ -117,14 +119,7 @@ class BCAContrastiveLoss(_Loss):
         gather_distributed: bool = False,
         validate_args: bool = False,
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            similarity=similarity,
-            positive_in_denominator=positive_in_denominator,
-            symmetric=symmetric,
-            gather_distributed=gather_distributed,
-            validate_args=validate_args,
-        )
+        super().__init__(locals())
 
     def forward(self, assignments0: Tensor, assignments1: Tensor) -> Tensor:
         return functional.bca_contrastive_loss(assignments0, assignments1, **self.options())
@@ -165,9 +160,7 @@ class ClusterEntropyRegularizer(_Loss):
         gather_distributed: bool = False,
         validate_args: bool = False,
     ) -> None:
-        super().__init__(
-            reduction=reduction, gather_distributed=gather_distributed, validate_args=validate_args
-        )
+        super().__init__(locals())
 
     def forward(self, assignments: Tensor) -> Tensor:
         return functional.cluster_entropy_regularizer(assignments, **self.options())
@@ -193,8 +186,7 @@ class MultiScaleClusterLoss(_Loss):
         Called with `assignments` (heads of view 0, heads of view 1), each a sequence of (n, K):
         `ClusterLossOutput(loss, contrast, entropy)`, 0-dim tensors. Given `target_assignments`,
         as `assignments` but of the follower's features (the EMA target network's), each view is
-        contrasted with the follower's other view, which gets no gradient. `statistics` is for
-        micro-batches: see the method of that name.
+        contrasted with the follower's other view, which gets no gradient.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -222,60 +214,15 @@ class MultiScaleClusterLoss(_Loss):
         gather_distributed: bool = False,
         validate_args: bool = False,
     ) -> None:
-        super().__init__(
-            entropy_weight=entropy_weight,
-            temperature=temperature,
-            similarity=similarity,
-            positive_in_denominator=positive_in_denominator,
-            symmetric=symmetric,
-            reduction=reduction,
-            gather_distributed=gather_distributed,
-            validate_args=validate_args,
-        )
+        super().__init__(locals())
 
     def forward(
         self,
         assignments: Heads,
         target_assignments: Heads | None = None,
-        statistics: Tensor | None = None,
     ) -> ClusterLossOutput:
         return functional.multi_scale_cluster_loss(
-            assignments,
-            target_assignments=target_assignments,
-            statistics=statistics,
-            **self.options(),
-        )
-
-    def statistics(self, assignments: Heads, target_assignments: Heads | None = None) -> Tensor:
-        """All sums over instances that the loss needs of a micro-batch, Eq. 4 and 5.
-
-        Formula: see `functional.cluster_statistics`; how to use them: see `C2BINLoss.statistics`.
-
-        Args:
-            assignments: (heads of view 0, heads of view 1), each a sequence of (n, K).
-            target_assignments: as for the call of the loss.
-
-        Returns:
-            A vector, without gradient.
-
-        Raises:
-            TypeError: as the call of the loss.
-            ValueError: as the call of the loss.
-
-        Examples:
-            >>> import torch
-            >>> from c2bin_ext import MultiScaleClusterLoss
-            >>> views = (torch.eye(2),), (torch.eye(2),)
-            >>> total = 3 * MultiScaleClusterLoss().statistics(views)
-            >>> MultiScaleClusterLoss()(views, statistics=total).entropy
-            tensor(0.)
-
-        Source: `functional.cluster_statistics`.
-        """
-        return functional.cluster_statistics(
-            assignments,
-            target_assignments=target_assignments,
-            **self.options(*_OF_SUMS),
+            assignments, target_assignments=target_assignments, **self.options()
         )
 
 
@@ -303,7 +250,8 @@ class C2BINLoss(_Loss):
         Called with `predictions` (p0, p1), `targets` (z0, z1), each (n, d), and `assignments`
         (heads of view 0, heads of view 1), each a sequence of (n, K):
         `C2BINLossOutput(loss, alignment, contrast, entropy)`, 0-dim tensors. Only `loss` is
-        weighted. `target_assignments` and `statistics` are those of `MultiScaleClusterLoss`.
+        weighted. `target_assignments` is that of `MultiScaleClusterLoss`; `statistics` is for
+        micro-batches: see the method of that name.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -341,18 +289,7 @@ class C2BINLoss(_Loss):
         gather_distributed: bool = False,
         validate_args: bool = False,
     ) -> None:
-        super().__init__(
-            cluster_weight=cluster_weight,
-            entropy_weight=entropy_weight,
-            temperature=temperature,
-            similarity=similarity,
-            positive_in_denominator=positive_in_denominator,
-            symmetric=symmetric,
-            symmetric_alignment=symmetric_alignment,
-            reduction=reduction,
-            gather_distributed=gather_distributed,
-            validate_args=validate_args,
-        )
+        super().__init__(locals())
 
     @classmethod
     def paper(cls, **overrides: Any) -> C2BINLoss:
@@ -452,9 +389,12 @@ class C2BINLoss(_Loss):
             targets,
             assignments,
             target_assignments=target_assignments,
-            **self.options("cluster_weight", *_OF_SUMS),
+            **self.options(*_NOT_OF_SUMS),
         )
 
 
 # What the sums over instances do not depend on.
-_OF_SUMS = ("entropy_weight", "temperature", "positive_in_denominator", "symmetric", "reduction")
+_NOT_OF_SUMS = (
+    *("cluster_weight", "entropy_weight", "temperature"),
+    *("positive_in_denominator", "symmetric", "reduction"),
+)

@@ -81,22 +81,14 @@ class C2BINObjective(nn.Module):
         gather_distributed: bool = False,
         validate_args: bool = False,
     ) -> None:
+        given = locals()
         super().__init__()
         self.head = MultiScaleClusterHead(
             in_features, num_clusters, normalize=normalize, hidden_features=hidden_features
         )
-        self.loss = C2BINLoss(
-            cluster_weight=cluster_weight,
-            entropy_weight=entropy_weight,
-            temperature=temperature,
-            similarity=similarity,
-            positive_in_denominator=positive_in_denominator,
-            symmetric=symmetric,
-            symmetric_alignment=symmetric_alignment,
-            reduction=reduction,
-            gather_distributed=gather_distributed,
-            validate_args=validate_args,
-        )
+        own = {"self", "__class__", "in_features", "num_clusters", "normalize", "hidden_features"}
+        options = {name: value for name, value in given.items() if name not in own}
+        self.loss = C2BINLoss(**options)
 
     def forward(
         self,

@@ -8,14 +8,13 @@ theirs, only their sums: O(K²) numbers a head, whatever the number of instances
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from c2bin_ext._numerics import (
     at_least_float32,
@@ -52,23 +51,8 @@ def at_value_of(own: Tensor, total: Tensor) -> Tensor:
     return own + (total - own).detach()
 
 
-class HeadStatistics(NamedTuple):
-    """What the cluster terms need of one head; a pair is two assignments that are contrasted.
-
-    Attributes:
-        grams: `C'ᵀC''` of every pair, (pairs, K, K).
-        masses: `Σ_i P[i, k]` of the runner's views, (views, K).
-        squares: `‖c_k‖²` of the first of every pair, then of the second, (2 pairs, K); no rows for
-            dot products.
-    """
-
-    grams: Tensor
-    masses: Tensor
-    squares: Tensor
-
-
 class Layout(NamedTuple):
-    """Which sums there are, and where the entries of each head stand among those of all.
+    """Which sums there are of a group of heads.
 
     Attributes:
         num_clusters: K of each head.
@@ -83,44 +67,58 @@ class Layout(NamedTuple):
     pairs: int
     floors: tuple[float, ...]
 
-    @property
-    def spans(self) -> list[slice]:
-        """Where the clusters of each head are among those of all."""
-        ends = [*accumulate(self.num_clusters)]
-        return [slice(end - k, end) for end, k in zip(ends, self.num_clusters, strict=True)]
 
-    def blocks(self, grams: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """Go through the Gram matrices of all heads, or something as long, head by head.
+class HeadStatistics(NamedTuple):
+    """The sums of one group of heads, each filled up with empty clusters to the K of the largest.
 
-        Returns:
-            Of every head its entries, (pairs, K, K), and where its clusters are among all.
-        """
-        start = 0
-        for clusters, span in zip(self.num_clusters, self.spans, strict=True):
-            stop = start + self.pairs * clusters**2
-            yield grams[start:stop].view(self.pairs, clusters, clusters), span
-            start = stop
-
-
-@dataclass(frozen=True)
-class BatchStatistics:
-    """The sums over instances of one batch; heads lie side by side, so that they share operators.
+    Small heads make one group: they share operators, whose launches cost more than empty clusters.
 
     Attributes:
-        cosines: `Σ_i cos(p_i, z_i)` of every direction of Eq. 1, (directions,).
-        count: the number of instances n.
-        grams: Gram matrices of all heads one after another, those of all pairs of a head together.
-        masses: cluster masses of the runner's views, (views, ΣK).
-        squares: squared norms of all columns: firsts of the pairs, then seconds, (2 pairs, ΣK).
+        grams: `C'ᵀC''` of every pair that is contrasted, (pairs, heads, K, K).
+        masses: `Σ_i P[i, k]` of the runner's views, (views, heads, K).
+        squares: `‖c_k‖²` of the firsts of the pairs, then of the seconds, (2 pairs, heads, K).
         layout: which sums these are.
     """
 
-    cosines: Tensor
-    count: int | Tensor
     grams: Tensor
     masses: Tensor
     squares: Tensor
     layout: Layout
+
+    def parts(self) -> list[Tensor]:
+        """Return views of the sums of each head alone: of every head those of each kind."""
+        return [
+            part
+            for head, k in enumerate(self.layout.num_clusters)
+            for part in (
+                self.grams[:, head, :k, :k],
+                self.masses[:, head, :k],
+                self.squares[:, head, :k],
+            )
+        ]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tensor], layout: Layout) -> HeadStatistics:
+        """Make statistics of what `parts` returns."""
+        most = max(layout.num_clusters)
+        padded = [pad(part, [0, most - part.shape[-1]] * (part.ndim - 1)) for part in parts]
+        grams, masses, squares = (torch.stack(padded[kind::3], dim=1) for kind in range(3))
+        return cls(grams, masses, squares, layout)
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """The sums over instances of one batch.
+
+    Attributes:
+        cosines: `Σ_i cos(p_i, z_i)` of every direction of Eq. 1, (directions,).
+        count: the number of instances n.
+        groups: the sums of all heads.
+    """
+
+    cosines: Tensor
+    count: int | Tensor
+    groups: tuple[HeadStatistics, ...]
 
     @classmethod
     def of(
@@ -145,36 +143,28 @@ class BatchStatistics:
         """
         cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
         everyone = [*views, *([head.detach() for head in view] for view in reversed(fixed))]
-        layout = Layout(
-            num_clusters=tuple(head.shape[1] for head in views[0]) if views else (),
-            views=len(views),
-            pairs=len(everyone) // 2 if contrast else 0,
-            floors=tuple(smallest_square(view[0].dtype) for view in everyone)
-            if contrast == "cosine"
-            else (),
-        )
-        heads = at_least_float32(*(head for view in everyone for head in view))
-        if heads:
-            sums = _Sums.apply if is_eager(*heads) else _formula
-            grams, masses, squares = sums(layout, *heads)
-        else:
-            grams = masses = squares = cosines[0].new_empty(0)
+        floors = tuple(smallest_square(view[0].dtype) for view in everyone)
+        groups: dict[int, list[int]] = {}
+        for head, k in enumerate(tensor.shape[1] for tensor in (views[0] if views else ())):
+            groups.setdefault(0 if k <= _SMALL else head + 1, []).append(head)
+        own = aligned[0][0] if aligned else views[0][0]
         return cls(
-            torch.stack(cosines) if cosines else masses.new_empty(0),
-            len(heads[0] if heads else aligned[0][0]),
-            grams,
-            masses,
-            squares,
-            layout,
+            torch.stack(cosines) if cosines else at_least_float32(own)[0].new_empty(0),
+            own.shape[0],
+            tuple(
+                _group(
+                    [[view[head] for head in heads] for view in everyone],
+                    views=len(views),
+                    pairs=len(everyone) // 2 if contrast else 0,
+                    floors=floors if contrast == "cosine" else (),
+                )
+                for heads in groups.values()
+            ),
         )
 
-    @property
-    def heads(self) -> tuple[HeadStatistics, ...]:
-        """The sums of every head, as views."""
-        return tuple(
-            HeadStatistics(grams, self.masses[:, clusters], self.squares[:, clusters])
-            for grams, clusters in self.layout.blocks(self.grams)
-        )
+    def mass(self) -> Tensor:
+        """The mass of all clusters together: n for every view and head, of rows that sum to 1."""
+        return torch.stack([group.masses.sum() for group in self.groups]).sum()
 
     def flat(self) -> Tensor:
         """Return all sums in one vector, which ranks and micro-batches add up."""
@@ -184,16 +174,25 @@ class BatchStatistics:
         """Return these statistics with the sums of `total`, a vector as `flat` returns."""
         parts = self._parts()
         split = torch.split(total, [part.numel() for part in parts])
-        cosines, count, grams, masses, squares = (
-            new.view_as(old).to(old.dtype) for new, old in zip(split, parts, strict=True)
+        cosines, count, *sums = (
+            new.view(old.shape).to(old.dtype) for new, old in zip(split, parts, strict=True)
         )
-        return BatchStatistics(cosines, count, grams, masses, squares, self.layout)
+        groups = []
+        for group in self.groups:
+            size = 3 * len(group.layout.num_clusters)
+            groups.append(HeadStatistics.joined(sums[:size], group.layout))
+            sums = sums[size:]
+        return BatchStatistics(cosines, count, tuple(groups))
 
     def _parts(self) -> list[Tensor]:
         count = self.count
         if not isinstance(count, Tensor):
-            count = self.masses.new_full((), count)
-        return [self.cosines, count, self.grams, self.masses, self.squares]
+            count = self.cosines.new_full((), count)
+        return [self.cosines, count, *(part for group in self.groups for part in group.parts())]
+
+
+# Heads of up to so many clusters share operators.
+_SMALL = 256
 
 
 def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
@@ -202,75 +201,93 @@ def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
     return (unit_rows(prediction, dtypes[0]) * unit_rows(target, dtypes[1])).sum()
 
 
-Sums = tuple[Tensor, Tensor, Tensor]
+def _group(
+    everyone: list[list[Tensor]], views: int, pairs: int, floors: tuple[float, ...]
+) -> HeadStatistics:
+    layout = Layout(tuple(head.shape[1] for head in everyone[0]), views, pairs, floors)
+    heads = at_least_float32(*(head for view in everyone for head in view))
+    if is_eager(*heads):
+        grams, masses, squares = _Sums.apply(layout, *heads)
+        return HeadStatistics(grams, masses, squares, layout)
+    return HeadStatistics.joined(_formula(layout, *heads), layout)
 
 
-def _formula(layout: Layout, *heads: Tensor) -> Sums:
-    """Gram matrices, masses and squared norms: what autograd, compilers and torch.func follow."""
-    each, pairs = len(layout.num_clusters), layout.pairs
-    views = [torch.cat(heads[i : i + each], dim=1) for i in range(0, len(heads), each)]
-    masses = torch.stack([view.sum(dim=0) for view in views[: layout.views]])
-    grams, squares = masses.new_empty(0), masses.new_empty(0, masses.shape[1])
-    if pairs:
-        firsts, seconds = heads[: pairs * each], heads[pairs * each :]
-        with without_autocast(heads[0]):
-            grams = torch.cat(
-                [
-                    (firsts[p * each + h].T @ seconds[p * each + h]).reshape(-1)
-                    for h in range(each)
-                    for p in range(pairs)
-                ]
-            )
-    if layout.floors:
-        squares = torch.stack([(view * view).sum(dim=0) for view in views])
-    return grams, masses, squares
+def _formula(layout: Layout, *heads: Tensor) -> list[Tensor]:
+    """Gram matrices, masses and squared norms: what autograd, compilers and torch.func follow.
+
+    Heads come view by view: the firsts of the pairs, then the seconds.
+    """
+    each, pairs, parts = len(layout.num_clusters), layout.pairs, []
+    for head, k in enumerate(layout.num_clusters):
+        views = heads[head::each]
+        empty = views[0].new_empty(0, k)
+        with without_autocast(empty):
+            pairings = zip(views[:pairs], views[pairs:], strict=False)
+            grams = [first.T @ second for first, second in pairings]
+        masses = [view.sum(dim=0) for view in views[: layout.views]]
+        squares = [(view * view).sum(dim=0) for view in views[: len(layout.floors)]]
+        parts += [
+            torch.stack(grams) if grams else empty[:, None].expand(0, k, k),
+            torch.stack(masses),
+            torch.stack(squares) if squares else empty,
+        ]
+    return parts
 
 
 class _Sums(torch.autograd.Function):
-    """`_formula` with the gradient in closed form: one product and two additions a matrix."""
+    """`_formula` with the gradient in closed form: one product and one addition a matrix."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, *heads: Tensor) -> Sums:
-        each, pairs = len(layout.num_clusters), layout.pairs
+    def forward(ctx: Any, layout: Layout, *heads: Tensor) -> tuple[Tensor, ...]:
+        each, pairs, most = len(layout.num_clusters), layout.pairs, max(layout.num_clusters)
         ctx.save_for_backward(*heads)
         ctx.layout = layout
         ctx.set_materialize_grads(False)
-        # Of all heads and views at once: at the usual sizes, launches cost most.
-        columns = torch.cat(heads, dim=1)
-        every = columns.shape[1] // sum(layout.num_clusters)
-        masses = columns.view(len(columns), every, -1)[:, : layout.views].sum(dim=0)
-        squares = columns.new_empty(0, masses.shape[1])
-        if layout.floors:
-            squares = columns.mul_(columns).sum(dim=0).view(every, -1)
-        grams = columns.new_empty(pairs * sum(k**2 for k in layout.num_clusters))
-        firsts, seconds = heads[: pairs * each], heads[pairs * each :]
-        # Autocast leaves products alone that are told where to write.
-        for h, (block, _) in enumerate(layout.blocks(grams)):
-            for p, gram in enumerate(block):
-                torch.mm(firsts[p * each + h].T, seconds[p * each + h], out=gram)
+        grams = heads[0].new_zeros(pairs, each, most, most)
+        masses = heads[0].new_zeros(layout.views, each, most)
+        squares = heads[0].new_zeros(len(layout.floors), each, most)
+        for own, row in zip(heads, masses.view(-1, most).unbind(), strict=False):
+            torch.sum(own, 0, out=row[: own.shape[1]])
+        for own, row in zip(heads, squares.view(-1, most).unbind(), strict=False):
+            torch.sum(own * own, 0, out=row[: own.shape[1]])
+        for own, other, gram in zip(
+            heads, heads[pairs * each :], grams.view(-1, most, most).unbind(), strict=False
+        ):
+            k = own.shape[1]
+            # Autocast leaves products alone that are told where to write.
+            torch.mm(own.T, other, out=gram[:k, :k])
         return grams, masses, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout, heads = ctx.layout, ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
+        layout, heads, needed = ctx.layout, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if needs_formula():
-            return None, *differentiate(lambda *x: _formula(layout, *x), heads, needed, grads)
-        each, pairs, (grams, masses, squares) = len(layout.num_clusters), layout.pairs, grads
-        blocks = [] if grams is None else [block for block, _ in layout.blocks(grams)]
+
+            def formula(*heads: Tensor) -> tuple[Tensor, ...]:
+                return HeadStatistics.joined(_formula(layout, *heads), layout)[:3]
+
+            return None, *differentiate(formula, heads, needed, grads)
+        each, pairs = len(layout.num_clusters), layout.pairs
+        grams, masses, squares = (
+            None if grad is None else grad.view(-1, *grad.shape[2:]).unbind() for grad in grads
+        )
         found: list[Tensor | None] = []
-        for i, (own, need) in enumerate(zip(heads, needed, strict=True)):
-            view, head = divmod(i, each)
-            clusters = layout.spans[head]
-            grad = None if masses is None or not need else masses[view, clusters].expand_as(own)
-            if blocks and need:
-                gram, other = blocks[head][view % pairs], heads[(i + pairs * each) % len(heads)]
-                factors = (other, gram.T if view < pairs else gram)
+        for at, (own, need) in enumerate(zip(heads, needed, strict=True)):
+            k = own.shape[1]
+            grad = None
+            if need and masses is not None:
+                grad = masses[at][:k].expand_as(own)
+            if need and grams:
+                gram = grams[at % (pairs * each)][:k, :k]
+                first = at < pairs * each
+                factors = heads[(at + pairs * each) % len(heads)], gram.T if first else gram
                 out = torch.empty_like(own, memory_format=torch.contiguous_format)
                 # With the masses' gradient as the bias of the product.
-                product = torch.mm if grad is None else partial(torch.addmm, grad)
-                grad = product(*factors, out=out)
-                if squares is not None:
-                    grad.addcmul_(own, squares[view, clusters], value=2)
+                if grad is None:
+                    grad = torch.mm(*factors, out=out)
+                else:
+                    grad = torch.addmm(grad, *factors, out=out)
+                if squares:
+                    grad.addcmul_(own, squares[at][:k], value=2)
             found.append(grad)
         return None, *found
