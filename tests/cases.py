@@ -197,8 +197,9 @@ def evaluated(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
     def built(**options: Any) -> nn.Module:
         module = build(**options)
+        inputs = _features if hasattr(module, "loss") else _one_view
         for seed in range(3):
-            module(*(_features(Batch(seed=seed)) if hasattr(module, "loss") else _one_view(Batch())))
+            module(*inputs(Batch(seed=seed)))
         return module.eval()
 
     return built

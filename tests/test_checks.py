@@ -384,7 +384,6 @@ class TestSingleErrors:
         with complains(ValueError, name, f"4, {k}", TWO_CLUSTERS):
             function(torch.rand(4, k))
 
-
     def test_contrast_of_too_few_clusters(self, which: str, complains: Any) -> None:
         for k in (0, 1):
             with complains(ValueError, "assignments0", f"4, {k}", TWO_CLUSTERS):
@@ -615,8 +614,11 @@ class TestClusterErrors:
         with complains(TypeError, "assignments[1]: expected a sequence", "Tensor"):
             loss((first, second[0]))
         for heads in (((), ()), (first, second[:-1])):
-            with complains(ValueError, "assignments: expected the same number of heads, one at "
-                           f"least, for both views, got {len(heads[0])} and {len(heads[1])}"):
+            with complains(
+                ValueError,
+                "assignments: expected the same number of heads, one at "
+                f"least, for both views, got {len(heads[0])} and {len(heads[1])}",
+            ):
                 loss(heads)
         with complains(ValueError, "assignments[1][0]: expected shape (4, 2) as assignments[0][0]"):
             loss((first, second[::-1]))

@@ -146,9 +146,7 @@ def ranks(request: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def compare(
-    case: Case, ranks: list[Any], how: str, dtype: torch.dtype, tolerance: float
-) -> None:
+def compare(case: Case, ranks: list[Any], how: str, dtype: torch.dtype, tolerance: float) -> None:
     """Values on every rank, and gradients averaged as DDP averages them, are the whole batch's."""
     arguments = tree_map(lambda t: t.to(dtype), case.arguments(N))
     if how == "half":

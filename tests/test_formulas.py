@@ -294,8 +294,8 @@ def test_forward_mode_of_half_inputs() -> None:
     first, second = (view.detach().half() for view in views())
     for call in (bca_contrastive_loss, bootstrap_alignment_loss):
         _, slope = torch.func.jvp(lambda x, call=call: call(x, second), (first,), (second,))
-        single, tangent = first.double(), second.double()
-        expected = differences(lambda x, call=call: call(x, tangent), [single], [tangent])
+        wide = [first.double(), second.double()]
+        expected = differences(lambda x, c=call, y=wide[1]: c(x, y), wide[:1], wide[1:])
         torch.testing.assert_close(slope.double(), expected, rtol=2e-2, atol=2e-3)
 
 

@@ -422,9 +422,7 @@ class TestObjective:
     def test_follower_contrast_is_the_mean_of_two_and_entropy_the_runner_s(self) -> None:
         own, fixed = CASES["clusters and follower"].arguments()
         found = multi_scale_cluster_loss(own, target_assignments=fixed)
-        ways = [
-            multi_scale_cluster_loss(pair) for pair in ((own[0], fixed[1]), (own[1], fixed[0]))
-        ]
+        ways = [multi_scale_cluster_loss(pair) for pair in ((own[0], fixed[1]), (own[1], fixed[0]))]
         close(found.contrast, (ways[0].contrast + ways[1].contrast) / 2)
         close(found.entropy, multi_scale_cluster_loss(own).entropy)
         assert abs(found.entropy - (ways[0].entropy + ways[1].entropy) / 2) > 1e-3

@@ -224,9 +224,7 @@ class TestHidden:
     def test_running_statistics_move_in_training_only(self) -> None:
         head = head_of((2, 5), hidden_features=4).double()
         (norm,) = (m for m in head.modules() if isinstance(m, nn.BatchNorm1d))
-        (layer,) = (
-            m for m in head.modules() if isinstance(m, nn.Linear) and m is not head.linear
-        )
+        (layer,) = (m for m in head.modules() if isinstance(m, nn.Linear) and m is not head.linear)
         features = random_embeddings(5, 6)
         outputs = layer(features).detach()
         head(features)

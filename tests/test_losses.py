@@ -126,9 +126,7 @@ class TestOracle:
         if not case.micro:
             loss, arguments = case.build(), case.arguments()
             names = list(inspect.signature(loss.forward).parameters)
-            output = LOSSES[type(loss)](
-                **dict(zip(names, arguments, strict=False)), **case.options
-            )
+            output = LOSSES[type(loss)](**dict(zip(names, arguments, strict=False)), **case.options)
             close(output, loss(*arguments), 0)
 
 

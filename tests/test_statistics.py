@@ -32,7 +32,9 @@ def cut(tree: Any, sizes: tuple[int, ...]) -> list[Any]:
     ]
 
 
-def in_parts(loss: Any, arguments: Any, sizes: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def in_parts(
+    loss: Any, arguments: Any, sizes: tuple[int, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
     """The values of every micro-batch, and the sum of their gradients."""
     live, inputs = leaves(arguments)
     inputs += loss.parameters()
