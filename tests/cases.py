@@ -371,9 +371,6 @@ def table() -> list[Case]:
         clusters("clusters and follower", inputs=_clusters_and_follower, frozen=(1,)),
         clusters("clusters and follower, every option", inputs=_clusters_and_follower,
                  options=scale, frozen=(1,)),
-        clusters("clusters in micro-batches", inputs=_clusters, **micro),
-        clusters("clusters and follower in micro-batches", inputs=_clusters_and_follower,
-                 frozen=(1,), **micro),
         whole("objective", inputs=_objective),
         *[
             whole(f"objective, {name} {value}", inputs=_objective, options={name: value})

@@ -11,13 +11,8 @@ from cases import CASES, TABLE_5, Case, close, evaluate, flat, leaves, over, sca
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from c2bin_ext import C2BINLoss, MultiScaleClusterLoss
-from c2bin_ext.functional import (
-    c2bin_loss,
-    c2bin_statistics,
-    cluster_statistics,
-    multi_scale_cluster_loss,
-)
+from c2bin_ext import C2BINLoss
+from c2bin_ext.functional import c2bin_loss, c2bin_statistics
 from c2bin_ext.statistics import BatchStatistics, HeadStatistics, at_value_of
 
 MICRO = over(where=lambda case: case.micro)
@@ -107,11 +102,6 @@ class TestFunctions:
         for given in (None, fixed):
             expected = c2bin_statistics(*inputs, **options, target_assignments=given)
             close(C2BINLoss(**options).statistics(*inputs, given), expected, 0)
-            expected = cluster_statistics(
-                inputs[2], similarity=similarity, target_assignments=given
-            )
-            found = MultiScaleClusterLoss(similarity=similarity).statistics(inputs[2], given)
-            close(found, expected, 0)
 
     def test_paper_needs_no_norms(self) -> None:
         inputs = CASES["paper"].arguments()
@@ -151,20 +141,6 @@ class TestErrors:
             nan = total.index_fill(0, torch.tensor([2]), math.nan)
             c2bin_loss(*outputs, statistics=nan, validate_args=True)
 
-    def test_clusters(self, complains: Any) -> None:
-        (assignments,) = CASES["clusters"].arguments(8)
-        total = cluster_statistics(assignments)
-        with complains(ValueError, "statistics", f"({len(total) + 1},)", f"({len(total)},)"):
-            multi_scale_cluster_loss(assignments, statistics=torch.zeros(len(total) + 1))
-        with complains(TypeError, "statistics", "cluster_statistics", "list"):
-            multi_scale_cluster_loss(assignments, statistics=total.tolist())
-        with complains(TypeError, "statistics", "floating-point", "torch.int64"):
-            multi_scale_cluster_loss(assignments, statistics=total.long())
-        with complains(ValueError, "statistics", "device cpu", "device meta"):
-            multi_scale_cluster_loss(assignments, statistics=total.to("meta"))
-        with complains(ValueError, "statistics", "finite"):
-            multi_scale_cluster_loss(assignments, statistics=total / 0, validate_args=True)
-
     @MICRO
     def test_statistics_of_other_options(self, case: Case, complains: Any) -> None:
         loss, arguments = case.build().loss, case.arguments()
@@ -183,7 +159,7 @@ class TestErrors:
         ):
             with complains(ValueError, "predictions[0]", "finite"):
                 check(*outputs)
-        wrong = tree_map(lambda t: 2 * t, outputs[2])
-        assert MultiScaleClusterLoss().statistics(wrong).ndim == 1
+        doubled = (*CASES["objective"].arguments(8)[:2], tree_map(lambda t: 2 * t, outputs[2]))
+        assert torch.isfinite(C2BINLoss().statistics(*doubled)).all()
         with complains(ValueError, "assignments[0][0]", "sum to 1"):
-            MultiScaleClusterLoss(validate_args=True).statistics(wrong)
+            C2BINLoss(validate_args=True).statistics(*doubled)

@@ -38,7 +38,7 @@ DYNAMIC = [
     "contrast",
     "contrast dot, positive left out, one way",
     "entropy sum",
-    "clusters in micro-batches",
+    "objective in micro-batches",
     "paper",
     "features and follower",
     "head, hidden, evaluated",
