@@ -53,8 +53,9 @@ def shard(case: Case, tree: Any, world: int, rank: int) -> Any:
 
 
 def count(case: Case, arguments: Any, gather: bool) -> tuple[list[str], int]:
+    module = case.build(gather_distributed=gather)
     with Collectives() as collectives:
-        evaluate(case.build(gather_distributed=gather), arguments)
+        evaluate(module, arguments)
     return collectives.calls, collectives.numbers
 
 
