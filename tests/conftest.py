@@ -42,6 +42,11 @@ settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 )
 
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)
+
+
 Complains = Callable[..., AbstractContextManager[None]]
 
 

@@ -1,22 +1,25 @@
-"""The paper's equations as plain Python loops in float64, and random inputs to feed them.
+"""The paper's equations as plain Python loops in float64.
 
 Nothing here is shared with the library: every sum is a ``for``, every exponential is
-:func:`math.exp`. A matrix is a list of rows. Slow, and meant to be read beside the paper.
+:func:`math.exp`. A matrix is a list of rows, and the heads of a view are a sequence of matrices.
+Slow, and meant to be read beside the paper.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Matrix = list[list[float]]
+Heads = Sequence[Matrix]
 
 
 def rows(tensor: Tensor) -> Matrix:
-    """A 2-D tensor as a list of rows of Python floats."""
+    """A matrix as a list of rows of Python floats, a vector as a list of them."""
     return tensor.detach().to(torch.float64).tolist()
 
 
@@ -109,86 +112,145 @@ def entropy_regularizer(assignments: Matrix, *, reduction: str = "mean") -> floa
     return {"mean": 1, "sum": len(assignments)}[reduction] * value
 
 
+def multi_scale(
+    assignments: tuple[Heads, Heads],
+    target_assignments: tuple[Heads, Heads] | None = None,
+    *,
+    entropy_weight: float = 1.0,
+    temperature: float = 0.1,
+    reduction: str = "mean",
+    **options: Any,
+) -> tuple[float, float, float]:
+    """Eq. 5-6: (loss, contrast summed over scales, entropy summed over scales).
+
+    With the follower's heads, each view is contrasted with the follower's other one; the entropy
+    is that of the runner's two views in either case.
+    """
+    pairs = [assignments]
+    if target_assignments is not None:
+        pairs = [
+            (assignments[0], target_assignments[1]),
+            (assignments[1], target_assignments[0]),
+        ]
+    contrasted = 0.0
+    for view, other in pairs:
+        for first, second in zip(view, other, strict=True):
+            contrasted += contrast(first, second, temperature=temperature, **options) / len(pairs)
+    spread = 0.0
+    for view in assignments:
+        for matrix in view:
+            spread += 0.5 * entropy_regularizer(matrix, reduction=reduction)
+    return contrasted + entropy_weight * spread, contrasted, spread
+
+
 def total(
     predictions: Sequence[Matrix],
     targets: Sequence[Matrix],
-    assignments: Sequence[Sequence[Matrix]],
+    assignments: tuple[Heads, Heads],
+    target_assignments: tuple[Heads, Heads] | None = None,
     *,
-    cluster_weight: float = 2.0,
-    entropy_weight: float = 1.0,
-    temperature: float = 0.5,
-    similarity: str = "cosine",
-    positive_in_denominator: bool = True,
-    symmetric: bool = True,
+    cluster_weight: float = 0.5,
     symmetric_alignment: bool = True,
-    reduction: str = "mean",
+    **options: Any,
 ) -> tuple[float, float, float, float]:
     """Eq. 5-7: (loss, alignment, contrast summed over scales, entropy summed over scales)."""
     aligned = alignment(predictions[0], targets[1])
     if symmetric_alignment:
         aligned = 0.5 * (aligned + alignment(predictions[1], targets[0]))
-    contrasted, spread = 0.0, 0.0
-    for first, second in zip(*assignments, strict=True):
-        contrasted += contrast(
-            first,
-            second,
-            temperature=temperature,
-            similarity=similarity,
-            positive_in_denominator=positive_in_denominator,
-            symmetric=symmetric,
-        )
-        for view in (first, second):
-            spread += 0.5 * entropy_regularizer(view, reduction=reduction)
-    loss = aligned + cluster_weight * (contrasted + entropy_weight * spread)
-    return loss, aligned, contrasted, spread
+    clusters, contrasted, spread = multi_scale(assignments, target_assignments, **options)
+    return aligned + cluster_weight * clusters, aligned, contrasted, spread
+
+
+def affine(matrix: Matrix, weight: Matrix, bias: Sequence[float] | None) -> Matrix:
+    """x W^T + b, row by row."""
+    offsets = [0.0] * len(weight) if bias is None else bias
+    return [[dot(row, weight[j]) + offsets[j] for j in range(len(weight))] for row in matrix]
+
+
+def batch_norm(matrix: Matrix, layer: dict[str, Any]) -> Matrix:
+    """Every column standardised by its own mean and variance, or by the running ones."""
+    result = [list(row) for row in matrix]
+    for j in range(len(matrix[0])):
+        column = [row[j] for row in matrix]
+        mean, variance = layer["mean"][j], layer["variance"][j]
+        if layer["training"]:
+            mean = sum(column) / len(column)
+            variance = sum((value - mean) ** 2 for value in column) / len(column)
+        for i in range(len(column)):
+            unit = (column[i] - mean) / math.sqrt(variance + layer["eps"])
+            result[i][j] = unit * layer["scale"][j] + layer["shift"][j]
+    return result
+
+
+def scores(features: Matrix, head: dict[str, Any]) -> list[Matrix]:
+    """Eq. 2 before the softmax: one matrix a scale.
+
+    `head` holds `weight` and `bias` of the fused map, the numbers of `clusters`, whether to
+    `normalize`, and a `hidden` layer, which may be None.
+    """
+    if head["normalize"]:
+        d = len(features[0])
+        norms = [math.sqrt(dot(row, row)) for row in features]
+        features = [
+            [value * math.sqrt(d) / norm if norm > 0 else 0.0 for value in row]
+            for row, norm in zip(features, norms, strict=True)
+        ]
+    if head["hidden"] is not None:
+        hidden = head["hidden"]
+        features = batch_norm(affine(features, hidden["weight"], hidden["bias"]), hidden)
+        features = [[max(value, 0.0) for value in row] for row in features]
+    fused, parts, start = affine(features, head["weight"], head["bias"]), [], 0
+    for k in head["clusters"]:
+        parts.append([row[start : start + k] for row in fused])
+        start += k
+    return parts
+
+
+def head_assignments(features: Matrix, head: dict[str, Any]) -> list[Matrix]:
+    """Eq. 2-3 at every scale."""
+    return [memberships(part) for part in scores(features, head)]
+
+
+def objective(
+    predictions: Sequence[Matrix],
+    targets: Sequence[Matrix],
+    features: Sequence[Matrix],
+    target_features: Sequence[Matrix] | None = None,
+    *,
+    head: dict[str, Any],
+    target_head: dict[str, Any],
+    **options: Any,
+) -> tuple[float, float, float, float]:
+    """Eq. 2-7 from features; `target_head` is `head` as a constant, for the follower's features."""
+    own = tuple(head_assignments(view, head) for view in features)
+    fixed = None
+    if target_features is not None:
+        fixed = tuple(head_assignments(view, target_head) for view in target_features)
+    return total(predictions, targets, own, fixed, **options)
 
 
 def finite_differences(
-    function: Callable[[Matrix], float], matrix: Matrix, step: float = 1e-5
-) -> Matrix:
-    """The gradient of a function of one matrix, by central differences."""
-    gradient = [[0.0] * len(row) for row in matrix]
-    for i in range(len(matrix)):
-        for j in range(len(matrix[i])):
-            original = matrix[i][j]
-            matrix[i][j] = original + step
-            above = function(matrix)
-            matrix[i][j] = original - step
-            below = function(matrix)
-            matrix[i][j] = original
-            gradient[i][j] = (above - below) / (2 * step)
+    function: Callable[[], float], numbers: Any, step: float = 1e-5
+) -> list[float]:
+    """The gradient of a function by every number that it reads in `numbers`, in their order.
+
+    `numbers` is lists of floats in lists and tuples; central differences are taken in place.
+    """
+    gradient = []
+    for row, i in list(_entries(numbers)):
+        original = row[i]
+        row[i] = original + step
+        above = function()
+        row[i] = original - step
+        below = function()
+        row[i] = original
+        gradient.append((above - below) / (2 * step))
     return gradient
 
 
-# Inputs ------------------------------------------------------------------------------------
-
-
-def random_embeddings(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Gaussian embeddings (n, d)."""
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def random_assignments(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Softmax rows (n, K), away from both uniform and one-hot."""
-    return random_embeddings(n, k, seed).softmax(dim=1).to(dtype)
-
-
-def one_hot(n: int, k: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Instance i in cluster i mod K: balanced when K divides n, dead clusters when K > n."""
-    return torch.eye(k, dtype=dtype)[torch.arange(n) % k]
-
-
-def uniform(n: int, k: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every instance spread evenly over the clusters."""
-    return torch.full((n, k), 1 / k, dtype=dtype)
-
-
-def collapsed(n: int, k: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every instance in cluster 0."""
-    return torch.eye(k, dtype=dtype)[torch.zeros(n, dtype=torch.long)]
-
-
-def dead_cluster(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Softmax rows over all clusters but the last, which nobody chooses."""
-    alive = random_assignments(n, k - 1, seed, dtype)
-    return torch.cat([alive, alive.new_zeros(n, 1)], dim=1)
+def _entries(tree: Any) -> Iterator[tuple[list[float], int]]:
+    for i, item in enumerate(tree):
+        if isinstance(item, float):
+            yield tree, i
+        else:
+            yield from _entries(item)

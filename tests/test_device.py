@@ -6,152 +6,99 @@ tensors of another device. On a machine with a GPU the same steps are also captu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from cases import CASES, Case, evaluate, flat, leaves, over, scalar
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map
 
-from c2bin_ext import (
-    BCAContrastiveLoss,
-    BootstrapAlignmentLoss,
-    C2BINLoss,
-    ClusterEntropyRegularizer,
-    MultiScaleClusterHead,
-)
-
-CLUSTERS = (4, 6)
-FOLLOWER = "follower, features of one length"
+DTYPES = [torch.float16, torch.float32, torch.float64]
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
 )
 
 
-OBJECTIVES: list[tuple[str, Callable[[], nn.Module]]] = [
-    ("cosine", C2BINLoss),
-    ("small temperature", lambda: C2BINLoss(temperature=0.02)),
-    ("printed", C2BINLoss.paper),
-    ("weightless", lambda: C2BINLoss(cluster_weight=0.0)),
-    ("running", lambda: C2BINLoss(running_decay=0.9, num_clusters=CLUSTERS)),
-    ("gathered", lambda: C2BINLoss(gather_distributed=True)),
-    (FOLLOWER, C2BINLoss.recommended),
-]
+@over()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_reads_no_value(case: Case, dtype: torch.dtype) -> None:
+    module = case.build().to("meta", dtype)
+    values, gradients = evaluate(module, tree_map(lambda t: t.to("meta"), case.arguments(6, dtype)))
+    assert values.device.type == "meta"
+    assert values.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert {gradient.device.type for gradient in gradients} == {"meta"}
 
 
-class Model(nn.Module):
-    """A network with the whole objective on top, as one of `OBJECTIVES` wants it."""
-
-    def __init__(self, loss: nn.Module, name: str = "") -> None:
-        super().__init__()
-        self.follower = name == FOLLOWER
-        self.encoder = nn.Linear(5, 8)
-        self.predictor = nn.Linear(8, 8)
-        self.head = MultiScaleClusterHead(8, CLUSTERS, normalize=self.follower)
-        self.loss = loss
-
-    def forward(self, view0: Tensor, view1: Tensor) -> Tensor:
-        features = self.encoder(view0), self.encoder(view1)
-        predictions = tuple(map(self.predictor, features))
-        heads = tuple(map(self.head, features))
-        fixed = None
-        if self.follower:
-            with torch.no_grad():
-                fixed = tuple(self.head(f + 1) for f in features)
-        loss: Tensor = self.loss(predictions, features, heads, target_assignments=fixed).loss
-        return loss
+@over(where=lambda case: not case.name.startswith("head"))
+def test_a_step_over_ranks_reads_no_value(case: Case) -> None:
+    module = case.build(gather_distributed=True).to("meta")
+    values, _ = evaluate(module, tree_map(lambda t: t.to("meta"), case.arguments()))
+    assert values.device.type == "meta"
 
 
-@pytest.mark.parametrize(("name", "build"), OBJECTIVES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_a_step_reads_no_value(
-    name: str, build: Callable[[], nn.Module], dtype: torch.dtype
-) -> None:
-    model = Model(build(), name).to("meta", dtype)
-    views = torch.empty(2, 7, 5, device="meta", dtype=dtype)
-    loss = model(*views)
-    loss.backward()
-    assert loss.device.type == "meta"
-    assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        BCAContrastiveLoss(),
-        BCAContrastiveLoss(similarity="dot", positive_in_denominator=False, symmetric=False),
-        BCAContrastiveLoss(running_decay=0.5, num_clusters=6),
-        BootstrapAlignmentLoss(),
-        ClusterEntropyRegularizer(),
-        ClusterEntropyRegularizer(reduction="sum"),
-        ClusterEntropyRegularizer(running_decay=0.5, num_clusters=6),
-    ],
-    ids=repr,
-)
-def test_a_loss_reads_no_value(criterion: nn.Module) -> None:
-    rows = torch.empty(7, 6, device="meta", requires_grad=True)
-    one = isinstance(criterion, ClusterEntropyRegularizer)
-    loss = criterion.to("meta")(*[rows] if one else [rows, rows * 2])
-    loss.backward()
-    assert loss.device.type == rows.grad.device.type == "meta"
-
-
-def test_reading_a_value_would_be_seen() -> None:
-    checked = C2BINLoss(validate_args=True)
+@over("validation", where=lambda case: case.inputs is not CASES["alignment"].inputs)
+def test_reading_a_value_would_be_seen(case: Case) -> None:
+    module = case.build(validate_args=True).to("meta")
+    arguments = tree_map(lambda t: t.to("meta"), case.arguments())
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        Model(checked).to("meta")(*torch.empty(2, 7, 5, device="meta"))
+        module(*arguments)
 
 
-def test_statistics_read_no_value() -> None:
-    model = Model(C2BINLoss()).to("meta")
-    views = torch.empty(2, 7, 5, device="meta")
-    features = tuple(map(model.encoder, views))
-    heads = tuple(map(model.head, features))
-    total = model.loss.statistics(features, features, heads)
-    assert total.device.type == "meta"
-    loss = model.loss(features, features, heads, statistics=total).loss
-    assert loss.device.type == "meta"
+@over()
+def test_no_data_dependent_access(case: Case) -> None:
+    module, arguments = case.build(), case.arguments()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes, inputs = leaves(tree_map(mode.from_tensor, arguments))
+        value = scalar(module(*fakes))
+        value.backward()
+    assert value.shape == ()
+    assert value.dtype is torch.float64
+    assert inputs[0].grad is not None
+    assert inputs[0].grad.shape == tree_flatten(arguments)[0][0].shape
 
 
 @needs_gpu
-@pytest.mark.parametrize(("name", "build"), OBJECTIVES)
-def test_a_step_is_captured_as_a_cuda_graph(name: str, build: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
-    model = Model(build(), name).cuda()
-    views = torch.randn(2, 64, 5, device="cuda")
-    fresh = torch.randn(2, 64, 5, device="cuda")
+@over()
+def test_a_step_is_captured_as_a_cuda_graph(case: Case) -> None:
+    module = case.build().float().cuda()
+    static, inputs = leaves(tree_map(lambda t: t.float().cuda(), case.arguments(64)))
+    fresh = tree_map(lambda t: t.float().cuda(), case.arguments(64, seed=1000))
+    inputs += module.parameters()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def step() -> tuple[Any, Any]:
+        output = module(*static)
+        return flat(output), torch.autograd.grad(scalar(output), inputs, allow_unused=True)
+
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
-            model.zero_grad()
-            model(*views).backward()
+            step()
     torch.cuda.current_stream().wait_stream(stream)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    model.zero_grad()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = model(*views)
-        loss.backward()
-    model.load_state_dict(state)
-    views.copy_(fresh)
+        values, gradients = step()
+    module.load_state_dict(state)
+    with torch.no_grad():
+        for place, new in zip(tree_flatten(static)[0], tree_flatten(fresh)[0], strict=True):
+            place.copy_(new)
     graph.replay()
-    captured = loss.clone(), [p.grad.clone() for p in model.parameters()]
-
-    model.load_state_dict(state)
-    model.zero_grad()
-    eager = model(*fresh)
-    eager.backward()
-    torch.testing.assert_close(captured[0], eager.detach())
-    torch.testing.assert_close(captured[1], [p.grad for p in model.parameters()])
+    module.load_state_dict(state)
+    expected, expected_gradients = evaluate(module, fresh)
+    torch.testing.assert_close(values.detach(), expected)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(torch.zeros_like(wanted) if found is None else found, wanted)
 
 
 @needs_gpu
-@pytest.mark.parametrize(("name", "build"), OBJECTIVES)
-def test_a_step_never_waits_for_the_gpu(name: str, build: Callable[[], nn.Module]) -> None:
-    model = Model(build(), name).cuda()
-    views = torch.randn(2, 64, 5, device="cuda")
-    model(*views).backward()
+@over()
+def test_a_step_never_waits_for_the_gpu(case: Case) -> None:
+    module = case.build().float().cuda()
+    arguments = tree_map(lambda t: t.float().cuda(), case.arguments(64))
+    evaluate(module, arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(*views).backward()
+        evaluate(module, arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")

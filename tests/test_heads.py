@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from oracle import random_embeddings, rows
+from cases import described, random_embeddings
+from helpers import signature
+from oracle import rows
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from c2bin_ext import MultiScaleClusterHead, functional
+from c2bin_ext import C2BINLoss, MultiScaleClusterHead, functional
 
 SCALES = [(2,), (2, 5, 3), (4, 4)]
 
@@ -22,12 +24,11 @@ def head_of(num_clusters: Any, d: int = 6, **options: Any) -> MultiScaleClusterH
 
 
 def test_signature() -> None:
-    parameters = inspect.signature(MultiScaleClusterHead).parameters
-    assert [(p.name, p.default) for p in parameters.values()] == [
-        ("in_features", inspect.Parameter.empty),
+    assert signature(MultiScaleClusterHead)[1:] == [
         ("num_clusters", (32, 64, 128)),
         ("bias", True),
         ("normalize", False),
+        ("hidden_features", None),
     ]
 
 
@@ -167,56 +168,96 @@ def test_state_dict_moves_between_heads() -> None:
     assert torch.equal(first(features)[0], second(features)[0])
 
 
-INTEGER = ("int", "integer")
+class Doubled(nn.Linear):
+    """A wrapper such as those of adapters and pruning: its forward is not its weight only."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * super().forward(features)
 
 
-class TestErrors:
-    @pytest.mark.parametrize("wrong", [(3, 1), (0,), [-4, 8]])
-    def test_num_clusters_value(self, wrong: Any, complains: Any) -> None:
-        received, expected = (f"got {min(wrong)}", f"got {wrong}"), ("at least 2", ">= 2")
-        with complains(ValueError, "num_clusters", received, expected):
-            MultiScaleClusterHead(6, wrong)
+@pytest.mark.parametrize("hidden", [None, 6])
+def test_head_calls_its_linear(hidden: int | None) -> None:
+    head = head_of((2, 3), hidden_features=hidden).eval()
+    features = torch.randn(5, 6)
+    expected = head.logits(features)
+    wrapped = Doubled(6, 5)
+    wrapped.load_state_dict(head.linear.state_dict())
+    head.linear = wrapped
+    for found, single in zip(head.logits(features), expected, strict=True):
+        torch.testing.assert_close(found, 2 * single)
 
-    @pytest.mark.parametrize("wrong", [(), []])
-    def test_num_clusters_empty(self, wrong: Any, complains: Any) -> None:
-        with complains(ValueError, "num_clusters", ("at least", "empty")):
-            MultiScaleClusterHead(6, wrong)
 
-    @pytest.mark.parametrize(
-        "wrong", [32, 32.0, (32.0, 64), ("32",), "32", None, (True, 4), (None,)]
-    )
-    def test_num_clusters_type(self, wrong: Any, complains: Any) -> None:
-        with complains(TypeError, "num_clusters", INTEGER):
-            MultiScaleClusterHead(6, wrong)
+def test_pruned_head_trains() -> None:
+    head = head_of((2, 3))
+    prune.l1_unstructured(head.linear, "weight", amount=0.5)
+    x, before = torch.randn(6, 6), head.linear.weight_orig.detach().clone()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        C2BINLoss()((x, x), (x, x), (head(x), head(-x))).loss.backward()
+        optimizer.step()
+    assert not torch.equal(head.linear.weight_orig, before)
 
-    @pytest.mark.parametrize("wrong", [0, -1])
-    def test_in_features_value(self, wrong: int, complains: Any) -> None:
-        with complains(ValueError, "in_features", str(wrong), ("positive", "at least 1", ">= 1")):
-            MultiScaleClusterHead(wrong)
 
-    @pytest.mark.parametrize("wrong", [6.0, "6", None, True, (6,)])
-    def test_in_features_type(self, wrong: Any, complains: Any) -> None:
-        with complains(TypeError, "in_features", INTEGER):
-            MultiScaleClusterHead(wrong)
+class TestHidden:
+    """Values, gradients and precision are those of every form's tests."""
 
-    @pytest.mark.parametrize("method", ["forward", "logits"])
-    @pytest.mark.parametrize("shape", [(6,), (2, 3, 6), ()])
-    def test_rank(self, method: str, shape: tuple[int, ...], complains: Any) -> None:
-        with complains(ValueError, "features", ", ".join(map(str, shape)), ("2-D", "(n, ")):
-            getattr(head_of((2, 3)), method)(torch.rand(shape))
+    def test_layers(self) -> None:
+        head = head_of((2, 5), hidden_features=4)
+        assert head.linear.weight.shape == (7, 4)
+        kinds = [type(m) for m in head.modules() if isinstance(m, nn.Linear | nn.BatchNorm1d)]
+        assert sorted(kind.__name__ for kind in kinds) == ["BatchNorm1d", "Linear", "Linear"]
+        assert "hidden_features=4" in repr(head)
+        assert "hidden_features" not in repr(head_of((2, 5)))
 
-    @pytest.mark.parametrize("method", ["forward", "logits"])
-    def test_width(self, method: str, complains: Any) -> None:
-        with complains(ValueError, "features", "4, 5", "6"):
-            getattr(head_of((2, 3)), method)(torch.rand(4, 5))
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_logits(self, normalize: bool, training: bool) -> None:
+        head = head_of((2, 5), hidden_features=4, normalize=normalize).double()
+        head(random_embeddings(9, 6, 3))
+        head.train(training)
+        features = random_embeddings(5, 6)
+        expected = oracle.scores(rows(features), described(head))
+        for found, wanted in zip(head.logits(features), expected, strict=True):
+            torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
 
-    @pytest.mark.parametrize("method", ["forward", "logits"])
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-    def test_dtype(self, method: str, dtype: torch.dtype, complains: Any) -> None:
-        with complains(TypeError, "features", str(dtype), "float"):
-            getattr(head_of((2, 3)), method)(torch.ones(4, 6, dtype=dtype))
+    def test_running_statistics_move_in_training_only(self) -> None:
+        head = head_of((2, 5), hidden_features=4).double()
+        (norm,) = (m for m in head.modules() if isinstance(m, nn.BatchNorm1d))
+        (layer,) = (m for m in head.modules() if isinstance(m, nn.Linear) and m is not head.linear)
+        features = random_embeddings(5, 6)
+        outputs = layer(features).detach()
+        head(features)
+        torch.testing.assert_close(norm.running_mean, 0.1 * outputs.mean(dim=0))
+        torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * outputs.var(dim=0))
+        assert int(norm.num_batches_tracked) == 1
+        before = {name: value.clone() for name, value in head.state_dict().items()}
+        head.eval()(2 * features)
+        assert all(torch.equal(before[name], v) for name, v in head.state_dict().items())
 
-    @pytest.mark.parametrize("method", ["forward", "logits"])
-    def test_not_a_tensor(self, method: str, complains: Any) -> None:
-        with complains(TypeError, "features", "list", ("tensor", "Tensor")):
-            getattr(head_of((2, 3)), method)([[1.0] * 6])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_running_statistics_of_half_parameters(self, dtype: torch.dtype) -> None:
+        """What a head learns of its features serves evaluation in half precision too."""
+        head = head_of((2, 5), hidden_features=4).to(dtype)
+        features = 3 + random_embeddings(64, 6, 0, dtype)
+        for _ in range(40):
+            trained = head(features)
+        evaluated = head.eval()(features)
+        torch.testing.assert_close(evaluated, trained, rtol=0.1, atol=0.05)
+
+    def test_one_instance(self, complains: Any) -> None:
+        head = head_of((2, 5), hidden_features=4)
+        for call in (head, head.logits):
+            with complains(ValueError, "features", "(1, 6)"):
+                call(torch.rand(1, 6))
+        assert head.eval()(torch.rand(1, 6))[0].shape == (1, 2)
+
+    @pytest.mark.parametrize("wrong", [0, -3])
+    def test_value(self, wrong: int, complains: Any) -> None:
+        with complains(ValueError, f"hidden_features: expected an int >= 1, got {wrong}"):
+            MultiScaleClusterHead(6, hidden_features=wrong)
+
+    @pytest.mark.parametrize("wrong", [4.0, "4", True, (4,)])
+    def test_type(self, wrong: Any, complains: Any) -> None:
+        with complains(TypeError, "hidden_features: expected an int >= 1", type(wrong).__name__):
+            MultiScaleClusterHead(6, hidden_features=wrong)

@@ -1,19 +1,32 @@
-"""The modules: configuration, one call into functional, and what that call costs."""
+"""The modules: every form against the oracle, configuration, and what a call costs."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from oracle import random_assignments, random_embeddings, rows
+from cases import (
+    ASSIGNED,
+    CASES,
+    OPTIONS,
+    PRINTED,
+    TABLE_5,
+    Batch,
+    Case,
+    close,
+    evaluate,
+    head_of,
+    leaves,
+    over,
+    random_embeddings,
+    scalar,
+)
+from helpers import Recorder, signature
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from c2bin_ext import (
     BCAContrastiveLoss,
@@ -21,226 +34,175 @@ from c2bin_ext import (
     C2BINLoss,
     C2BINLossOutput,
     ClusterEntropyRegularizer,
+    ClusterLossOutput,
+    MultiScaleClusterLoss,
     functional,
 )
 
-CONTRAST = {
-    "temperature": 0.2,
-    "similarity": "dot",
-    "positive_in_denominator": False,
-    "symmetric": False,
+LOSSES = {
+    BootstrapAlignmentLoss: functional.bootstrap_alignment_loss,
+    BCAContrastiveLoss: functional.bca_contrastive_loss,
+    ClusterEntropyRegularizer: functional.cluster_entropy_regularizer,
+    MultiScaleClusterLoss: functional.multi_scale_cluster_loss,
+    C2BINLoss: functional.c2bin_loss,
 }
-OBJECTIVE = {
-    **CONTRAST,
-    "cluster_weight": 0.3,
-    "entropy_weight": 0.6,
-    "symmetric_alignment": False,
-    "reduction": "sum",
-}
-PAPER = {
-    "similarity": "dot",
-    "positive_in_denominator": False,
-    "symmetric": False,
-    "symmetric_alignment": False,
-    "reduction": "sum",
-}
-NUMBER_ERRORS = [
-    (BCAContrastiveLoss, "temperature"),
-    (C2BINLoss, "temperature"),
-    (C2BINLoss, "cluster_weight"),
-    (C2BINLoss, "entropy_weight"),
+COMMON: list[tuple[str, Any]] = [("gather_distributed", False), ("validate_args", False)]
+CONTRAST: list[tuple[str, Any]] = [
+    ("similarity", "cosine"),
+    ("positive_in_denominator", True),
+    ("symmetric", True),
 ]
+SIGNATURES: dict[type[nn.Module], list[tuple[str, Any]]] = {
+    BootstrapAlignmentLoss: COMMON,
+    BCAContrastiveLoss: [("temperature", 0.5), *CONTRAST, *COMMON],
+    ClusterEntropyRegularizer: [("reduction", "mean"), *COMMON],
+    MultiScaleClusterLoss: [
+        ("entropy_weight", 1.0),
+        ("temperature", 0.1),
+        *CONTRAST,
+        ("reduction", "mean"),
+        *COMMON,
+    ],
+    C2BINLoss: [
+        ("cluster_weight", 0.5),
+        ("entropy_weight", 1.0),
+        ("temperature", 0.1),
+        *CONTRAST,
+        ("symmetric_alignment", True),
+        ("reduction", "mean"),
+        *COMMON,
+    ],
+}
 
 
-def inputs(n: int = 6, heads: tuple[int, ...] = (3, 5)) -> tuple[Any, ...]:
-    return (
-        tuple(random_embeddings(n, 4, seed) for seed in (1, 2)),
-        tuple(random_embeddings(n, 4, seed) for seed in (3, 4)),
-        tuple(tuple(random_assignments(n, k, s + k) for k in heads) for s in (10, 20)),
-    )
+class TestOracle:
+    @over("n = 1")
+    @pytest.mark.parametrize("n", [1])
+    def test_value_of_one_instance(self, case: Case, n: int) -> None:
+        self.test_value_and_gradients(case, n)
+
+    @over()
+    @pytest.mark.parametrize("n", [2, 5])
+    def test_value_and_gradients(self, case: Case, n: int) -> None:
+        module, arguments = case.build(), case.arguments(n)
+        values, gradients = evaluate(module, arguments)
+        expected, expected_gradients = case.expected(module, arguments)
+        close(values, expected, 1e-11)
+        for found, wanted in zip(gradients, expected_gradients, strict=True):
+            close(found, wanted, 1e-6)
+
+    @over()
+    def test_targets_and_the_follower_get_no_gradient(self, case: Case) -> None:
+        live, _ = leaves(case.arguments())
+        scalar(case.build()(*live)).backward()
+        frozen = {id(leaf) for i in case.frozen if i < len(live) for leaf in leaves_in(live[i])}
+        for leaf in leaves_in(live):
+            if id(leaf) in frozen:
+                assert leaf.grad is None
+            elif case.options.get("symmetric_alignment", True):
+                assert leaf.grad is not None
+                assert leaf.grad.abs().sum() > 0
+
+    @over(where=lambda case: case.frozen != ())
+    def test_detaching_what_is_frozen_changes_nothing(self, case: Case) -> None:
+        """Also where a frozen tensor is computed from one that is trained."""
+        module, arguments = case.build(), case.arguments()
+        shared, _ = leaves(arguments)
+        detached, _ = leaves(arguments)
+        results = []
+        for live, cut in ((shared, lambda t: t), (detached, Tensor.detach)):
+            first = leaves_in(live[0])[0]
+            given = [
+                map_tensors(lambda t, f=first, c=cut: t.detach() + c(f).sum(), a)
+                if i in case.frozen
+                else a
+                for i, a in enumerate(live)
+            ]
+            results.append(torch.autograd.grad(scalar(module(*given)), first)[0])
+        close(results[0], results[1])
+
+    @over(cases=[case for case in CASES.values() if head_of(case.build()) is None])
+    def test_the_module_is_the_function(self, case: Case) -> None:
+        if not case.micro:
+            loss, arguments = case.build(), case.arguments()
+            names = list(inspect.signature(loss.forward).parameters)
+            output = LOSSES[type(loss)](**dict(zip(names, arguments, strict=False)), **case.options)
+            close(output, loss(*arguments), 0)
 
 
-def expected(arguments: tuple[Any, ...], **options: Any) -> tuple[float, ...]:
-    predictions, targets, assignments = arguments
-    return oracle.total(
-        [rows(view) for view in predictions],
-        [rows(view) for view in targets],
-        [[rows(head) for head in view] for view in assignments],
-        **options,
-    )
+def leaves_in(tree: Any) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else [t for branch in tree for t in leaves_in(branch)]
 
 
-def same(actual: Tensor, wanted: float) -> None:
-    torch.testing.assert_close(
-        actual, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12
-    )
+def map_tensors(function: Any, tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    return tuple(map_tensors(function, branch) for branch in tree)
 
 
-def signature(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.name != "self"}
-
-
-class TestSignatures:
-    def test_bca(self) -> None:
-        assert signature(BCAContrastiveLoss) == {
-            "temperature": 0.5,
-            "similarity": "cosine",
-            "positive_in_denominator": True,
-            "symmetric": True,
-            "gather_distributed": False,
-            "validate_args": False,
-            "running_decay": 0.0,
-            "num_clusters": None,
+class TestOutput:
+    @over("n = 1")
+    def test_kinds(self, case: Case) -> None:
+        output = case.build()(*case.arguments(1))
+        names = {
+            3: ("loss", "contrast", "entropy"),
+            4: ("loss", "alignment", "contrast", "entropy"),
         }
-        assert list(signature(BCAContrastiveLoss)) == [
-            "temperature",
-            "similarity",
-            "positive_in_denominator",
-            "symmetric",
-            "gather_distributed",
-            "validate_args",
-            "running_decay",
-            "num_clusters",
-        ]
+        if hasattr(output, "loss"):
+            assert output._fields == names[len(output)]
+            assert type(output) in (C2BINLossOutput, ClusterLossOutput)
+            assert {part.shape for part in output} == {()}
+            assert output.loss is output[0]
+        elif isinstance(output, Tensor):
+            assert output.shape == ()
 
-    def test_entropy(self) -> None:
-        assert list(signature(ClusterEntropyRegularizer).items()) == [
-            ("reduction", "mean"),
-            ("gather_distributed", False),
-            ("validate_args", False),
-            ("running_decay", 0.0),
-            ("num_clusters", None),
-        ]
-
-    def test_alignment(self) -> None:
-        assert signature(BootstrapAlignmentLoss) == {
-            "gather_distributed": False,
-            "validate_args": False,
+    @over(where=lambda case: "objective" in case.name or "clusters" in case.name)
+    def test_every_part_has_its_own_gradient(self, case: Case) -> None:
+        live, tensors = leaves(case.arguments())
+        output = case.build()(*live)
+        options = {"cluster_weight": 0.5, "entropy_weight": 1.0} | case.options
+        weights = {
+            "loss": -1.0,
+            "alignment": 1.0,
+            "contrast": options["cluster_weight"],
+            "entropy": options["cluster_weight"] * options["entropy_weight"],
         }
+        if isinstance(output, ClusterLossOutput):
+            weights |= {"contrast": 1.0, "entropy": options["entropy_weight"]}
+        combined = sum(weights[name] * part for name, part in output._asdict().items())
+        close(combined.detach(), 0.0)
+        for gradient in torch.autograd.grad(combined, tensors, allow_unused=True):
+            assert gradient is None or gradient.abs().max() < 1e-12
 
-    def test_objective(self) -> None:
-        options = signature(C2BINLoss)
-        assert list(options)[:2] == ["cluster_weight", "entropy_weight"]
-        assert options == {
-            "cluster_weight": 2.0,
-            "entropy_weight": 1.0,
-            "temperature": 0.5,
-            "similarity": "cosine",
-            "positive_in_denominator": True,
-            "symmetric": True,
-            "symmetric_alignment": True,
-            "reduction": "mean",
-            "gather_distributed": False,
-            "validate_args": False,
-            "running_decay": 0.0,
-            "num_clusters": None,
-        }
-
-    def test_functions_share_the_defaults_of_the_modules(self) -> None:
-        for function, module in (
-            (functional.bootstrap_alignment_loss, BootstrapAlignmentLoss),
-            (functional.bca_contrastive_loss, BCAContrastiveLoss),
-            (functional.cluster_entropy_regularizer, ClusterEntropyRegularizer),
-            (functional.c2bin_loss, C2BINLoss),
-        ):
-            options = {
-                p.name: p.default
-                for p in inspect.signature(function).parameters.values()
-                if p.kind is p.KEYWORD_ONLY
-            }
-            shared = signature(module)
-            # What a module keeps over steps it makes itself and passes on as `running`; the sums of
-            # a larger batch are an argument of the call.
-            kept = {"running": None} if shared.pop("running_decay", None) is not None else {}
-            shared.pop("num_clusters", None)
-            at_the_call = {"statistics": None, "target_assignments": None}
-            at_the_call = at_the_call if module is C2BINLoss else {}
-            assert options == {**shared, **kept, **at_the_call}
-
-
-class TestForward:
-    @pytest.mark.parametrize("options", [{}, CONTRAST])
-    def test_bca(self, options: dict[str, Any]) -> None:
-        first, second = random_assignments(6, 4, 1), random_assignments(6, 4, 2)
-        value = BCAContrastiveLoss(**options)(first, second)
-        same(value, oracle.contrast(rows(first), rows(second), **options))
-
-    @pytest.mark.parametrize("option", CONTRAST)
-    def test_bca_passes_on_every_option(self, option: str) -> None:
-        first, second = random_assignments(6, 4, 1), random_assignments(6, 4, 2)
-        options = {option: CONTRAST[option]}
-        value = BCAContrastiveLoss(**options)(first, second)
-        same(value, oracle.contrast(rows(first), rows(second), **options))
-        assert abs(value - BCAContrastiveLoss()(first, second)) > 1e-5
-
-    @pytest.mark.parametrize("reduction", ["mean", "sum"])
-    def test_entropy(self, reduction: str) -> None:
-        assignments = random_assignments(6, 4)
-        value = ClusterEntropyRegularizer(reduction)(assignments)
-        same(value, oracle.entropy_regularizer(rows(assignments), reduction=reduction))
-
-    def test_alignment(self) -> None:
-        prediction, target = random_embeddings(6, 4, 1), random_embeddings(6, 4, 2)
-        value = BootstrapAlignmentLoss()(prediction, target)
-        same(value, oracle.alignment(rows(prediction), rows(target)))
-
-    @pytest.mark.parametrize("option", [None, *OBJECTIVE])
-    def test_objective(self, option: str | None) -> None:
-        options = {} if option is None else {option: OBJECTIVE[option]}
-        output = C2BINLoss(**options)(*inputs())
-        assert isinstance(output, C2BINLossOutput)
-        for got, wanted in zip(output, expected(inputs(), **options), strict=True):
-            same(got, wanted)
-        if option is not None:
-            assert abs(output.loss - C2BINLoss()(*inputs()).loss) > 1e-5
-
-    def test_objective_by_keyword(self) -> None:
-        predictions, targets, assignments = inputs()
-        output = C2BINLoss()(predictions=predictions, targets=targets, assignments=assignments)
-        assert torch.equal(output.loss, C2BINLoss()(*inputs()).loss)
+    @over(where=lambda case: case.inputs is CASES["objective"].inputs)
+    def test_lists_and_keywords(self, case: Case) -> None:
+        if case.micro:
+            return
+        loss = case.build()
+        predictions, targets, assignments = case.arguments()
+        expected = loss(predictions, targets, assignments)
+        close(loss(list(predictions), list(targets), [list(a) for a in assignments]), expected, 0)
+        close(loss(predictions=predictions, targets=targets, assignments=assignments), expected, 0)
 
     def test_modules_by_keyword(self) -> None:
-        first, second = random_assignments(6, 4, 1), random_assignments(6, 4, 2)
+        first, second = CASES["contrast"].arguments()
         bca, align = BCAContrastiveLoss(), BootstrapAlignmentLoss()
         assert bca(assignments0=first, assignments1=second) == bca(first, second)
         assert align(prediction=first, target=second) == align(first, second)
         entropy = ClusterEntropyRegularizer()
         assert entropy(assignments=first) == entropy(first)
+        own, fixed = CASES["clusters and follower"].arguments()
+        clusters = MultiScaleClusterLoss()
+        assert clusters(assignments=own, target_assignments=fixed) == clusters(own, fixed)
 
-    def test_lists_are_as_good_as_tuples(self) -> None:
-        predictions, targets, assignments = inputs()
-        output = C2BINLoss()(list(predictions), list(targets), [list(a) for a in assignments])
-        assert torch.equal(output.loss, C2BINLoss()(*inputs()).loss)
-
-    @pytest.mark.parametrize("n", [1, 6])
-    def test_paper(self, n: int) -> None:
-        output = C2BINLoss.paper()(*inputs(n))
-        for got, wanted in zip(output, expected(inputs(n), **PAPER), strict=True):
-            same(got, wanted)
-
-    def test_paper_takes_overrides(self) -> None:
-        overrides: dict[str, Any] = {"cluster_weight": 0.1, "temperature": 1.0}
-        loss = C2BINLoss.paper(**overrides, similarity="cosine")
-        options = {**PAPER, **overrides, "similarity": "cosine"}
-        same(loss(*inputs()).loss, expected(inputs(), **options)[0])
-
-    def test_recommended(self) -> None:
-        options: dict[str, Any] = {"entropy_weight": 2.0, "similarity": "dot"}
-        loss = C2BINLoss.recommended(**options)
-        options |= {"cluster_weight": 0.5, "temperature": 0.1}
-        same(loss(*inputs()).loss, expected(inputs(), **options)[0])
-        assert C2BINLoss.recommended(temperature=0.3).temperature == 0.3
-
-    @pytest.mark.parametrize("form", ["paper", "recommended"])
-    def test_forms_of_a_subclass(self, form: str) -> None:
-        class Mine(C2BINLoss):
-            pass
-
-        assert type(getattr(Mine, form)()) is Mine
+    @over(where=lambda case: case.name.startswith("objective, "))
+    def test_every_option_counts(self, case: Case) -> None:
+        arguments = case.arguments()
+        other = C2BINLoss()(*arguments).loss
+        assert abs(case.build()(*arguments).loss - other) > 1e-5
 
     def test_second_alignment_has_no_influence_when_one_sided(self) -> None:
-        predictions, targets, assignments = inputs()
+        predictions, targets, assignments = CASES["objective"].arguments()
         other = (predictions[0], random_embeddings(6, 4, 99))
         loss = C2BINLoss(symmetric_alignment=False)
         assert torch.equal(
@@ -249,138 +211,98 @@ class TestForward:
         )
 
 
-class TestState:
-    @pytest.mark.parametrize(
-        "module",
-        [BCAContrastiveLoss, BootstrapAlignmentLoss, ClusterEntropyRegularizer, C2BINLoss],
-    )
+class TestConfiguration:
+    @pytest.mark.parametrize("module", SIGNATURES)
+    def test_signature(self, module: type[nn.Module]) -> None:
+        assert signature(module) == SIGNATURES[module]
+
+    @pytest.mark.parametrize("module", SIGNATURES)
+    def test_functions_share_the_defaults_of_the_modules(self, module: type[nn.Module]) -> None:
+        parameters = inspect.signature(LOSSES[module]).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        at_the_call = {
+            name: None
+            for name in ("target_assignments", "statistics")
+            if name in inspect.signature(module.forward).parameters
+        }
+        assert options == dict(SIGNATURES[module]) | at_the_call
+
+    @pytest.mark.parametrize("module", SIGNATURES)
     def test_nothing_to_save_or_train(self, module: type[nn.Module]) -> None:
         assert module().state_dict() == {}
         assert list(module().parameters()) == []
 
-    def test_repr_shows_the_configuration(self) -> None:
-        for module, options in (
-            (BCAContrastiveLoss, CONTRAST),
-            (ClusterEntropyRegularizer, {"reduction": "sum", "gather_distributed": True}),
-            (C2BINLoss, OBJECTIVE),
-        ):
-            text = repr(module(**options))
-            assert text.startswith(module.__name__)
-            for name, value in options.items():
-                assert f"{name}={value!r}" in text or f"{name}={value}" in text
-
-    def test_options_are_attributes(self) -> None:
-        loss = C2BINLoss(**OBJECTIVE)
-        for name, value in OBJECTIVE.items():
-            assert getattr(loss, name) == value
-
-
-class TestErrors:
-    @pytest.mark.parametrize(("module", "name"), NUMBER_ERRORS)
-    @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
-    def test_values(self, module: type[nn.Module], name: str, wrong: float, complains: Any) -> None:
-        with complains(ValueError, name, str(wrong)):
-            module(**{name: wrong})
-
-    @pytest.mark.parametrize(("module", "name"), NUMBER_ERRORS)
-    @pytest.mark.parametrize("wrong", ["1", None, True])
-    def test_types(self, module: type[nn.Module], name: str, wrong: Any, complains: Any) -> None:
-        with complains(TypeError, name, type(wrong).__name__):
-            module(**{name: wrong})
-
-    @pytest.mark.parametrize("module", [BCAContrastiveLoss, C2BINLoss])
-    def test_temperature_zero_but_weights_may_be(
-        self, module: type[nn.Module], complains: Any
+    @pytest.mark.parametrize("module", SIGNATURES)
+    def test_options_are_attributes_and_the_repr_is_a_constructor_call(
+        self, module: type[nn.Module]
     ) -> None:
-        with complains(ValueError, "temperature", "0"):
-            module(temperature=0)
-        C2BINLoss(cluster_weight=0, entropy_weight=0)
+        known = dict(SIGNATURES[module])
+        options = {name: v for name, v in OPTIONS.items() if name in known}
+        loss = module(**options, gather_distributed=True)
+        again = eval(repr(loss))
+        assert type(again) is module
+        for name, value in (known | options | {"gather_distributed": True}).items():
+            assert getattr(loss, name) == getattr(again, name) == value
+            assert f"{name}={value!r}" in repr(loss)
 
-    @pytest.mark.parametrize("module", [BCAContrastiveLoss, C2BINLoss])
-    def test_similarity(self, module: type[nn.Module], complains: Any) -> None:
-        with complains(ValueError, "similarity", "'l2'", "cosine", "dot"):
-            module(similarity="l2")
+    def test_paper_is_the_printed_formulas_with_table_5(self) -> None:
+        loss, printed = C2BINLoss.paper(), PRINTED | TABLE_5 | {"entropy_weight": 1.0}
+        assert {name: getattr(loss, name) for name in printed} == printed
 
-    @pytest.mark.parametrize("module", [ClusterEntropyRegularizer, C2BINLoss])
-    def test_reduction(self, module: type[nn.Module], complains: Any) -> None:
-        with complains(ValueError, "reduction", "'none'", "mean", "sum"):
-            module(reduction="none")
+    def test_paper_takes_overrides(self) -> None:
+        overrides = {"cluster_weight": 0.1, "temperature": 1.0, "similarity": "cosine"}
+        arguments = CASES["objective"].arguments()
+        close(
+            C2BINLoss.paper(**overrides)(*arguments), C2BINLoss(**PRINTED | overrides)(*arguments)
+        )
 
-    def test_validate_args_reaches_the_check(self, complains: Any) -> None:
-        good, bad = random_assignments(6, 4), torch.rand(6, 4) + 1
-        BCAContrastiveLoss()(good, bad)
-        ClusterEntropyRegularizer()(bad)
-        with complains(ValueError, "assignments1"):
-            BCAContrastiveLoss(validate_args=True)(good, bad)
-        with complains(ValueError, "assignments"):
-            ClusterEntropyRegularizer(validate_args=True)(bad)
-        nan = torch.full((6, 4), math.nan)
-        BootstrapAlignmentLoss()(nan, nan)
-        with complains(ValueError, "prediction"):
-            BootstrapAlignmentLoss(validate_args=True)(nan, good)
-        predictions, targets, _ = inputs()
-        with complains(ValueError, "assignments"):
-            C2BINLoss(validate_args=True)(predictions, targets, ((good,), (bad,)))
+    def test_paper_of_a_subclass(self) -> None:
+        class Mine(C2BINLoss):
+            pass
 
-    def test_shape_errors_reach_the_caller(self, complains: Any) -> None:
-        with complains(ValueError, "assignments1", "4, 3", "4, 2"):
-            BCAContrastiveLoss()(torch.rand(4, 3), torch.rand(4, 2))
-        with complains(ValueError, "assignments", "(3,)"):
-            ClusterEntropyRegularizer()(torch.rand(3))
-        with complains(ValueError, "target", "4, 3", "4, 2"):
-            BootstrapAlignmentLoss()(torch.rand(4, 3), torch.rand(4, 2))
+        assert type(Mine.paper()) is Mine
 
-
-class Recorder(TorchDispatchMode):
-    """The operator and the shape of every tensor that is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.seen.append((func.__name__, tuple(value.shape)))
-        return result
+    @pytest.mark.parametrize("name", ["recommended", "running"])
+    def test_what_was_removed_is_gone(self, name: str) -> None:
+        assert not hasattr(C2BINLoss(), name)
 
 
 class TestCost:
     n, heads = 60, (20, 30)
 
-    def leaves(self) -> tuple[Any, ...]:
-        predictions, targets, assignments = inputs(self.n, self.heads)
-        leaves = tuple(tuple(h.requires_grad_() for h in view) for view in assignments)
-        return tuple(p.requires_grad_() for p in predictions), targets, leaves
-
-    @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-    def test_memory_is_of_order_n_k_plus_k_squared(self, similarity: str) -> None:
-        arguments = self.leaves()
+    @over(where=lambda case: not case.name.startswith("head"))
+    def test_memory_is_of_order_n_k_plus_k_squared(self, case: Case) -> None:
+        module, arguments = case.build(), case.arguments(self.n, heads=self.heads)
         with Recorder() as recorder:
-            C2BINLoss(similarity=similarity)(*arguments).loss.backward()
+            evaluate(module, arguments)
         largest = max(math.prod(shape) for _, shape in recorder.seen)
         total = sum(self.heads)
         assert largest <= 2 * max(self.n * total, total**2)
 
-    @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-    def test_one_gram_matrix_per_head(self, similarity: str) -> None:
-        arguments = self.leaves()
+    @over(cases=ASSIGNED, where=lambda case: "entropy " not in case.name[:8])
+    def test_one_gram_matrix_per_contrasted_pair(self, case: Case) -> None:
+        arguments, heads = case.arguments(self.n, heads=self.heads), self.heads
         with Recorder() as recorder:
-            C2BINLoss(similarity=similarity)(*arguments)
+            case.build()(*arguments)
         grams = [
-            shape[-1]
+            shape
             for name, shape in recorder.seen
             if name.split(".")[0] in {"mm", "bmm", "addmm", "baddbmm"}
-            and shape[-2:] in {(k, k) for k in self.heads}
+            and shape[-2:] in {(k, k) for k in heads}
         ]
-        assert sorted(grams) == sorted(self.heads)
+        found = sorted(k for shape in grams for k in [shape[-1]] * math.prod(shape[:-2]))
+        if case.name.startswith("contrast"):
+            heads = heads[-1:]
+        # Each micro-batch once for the sums and once for its loss.
+        times = (2 if "follower" in case.name else 1) * (4 if case.micro else 1)
+        assert found == sorted(heads * times)
 
-    @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-    def test_no_loop_over_clusters_or_instances(self, similarity: str) -> None:
+    @over(cases=ASSIGNED)
+    def test_no_loop_over_clusters_or_instances(self, case: Case) -> None:
         counts = set()
         for n, k in itertools.product([10, 40], [4, 16]):
+            module, arguments = case.build(), case.inputs(Batch(n, heads=(k,)))
             with Recorder() as recorder:
-                C2BINLoss(similarity=similarity)(*inputs(n, (k,)))
+                module(*arguments)
             counts.add(len(recorder.seen))
         assert len(counts) == 1
