@@ -13,8 +13,11 @@ Three forms of losses are served, named by `kind`:
 
 A loss is any callable that returns a scalar tensor: a function, an `nn.Module`, a compiled one, a
 lambda around another library's. `check_invariants` runs every invariant of a kind and reports
-those that do not hold; each is also a function of its own.
+those that do not hold; `check_` and a name, such as `check_view_swap(loss, kind, **options)`, is
+one of them.
 """
+
+from collections.abc import Callable
 
 try:
     import hypothesis  # noqa: F401
@@ -23,25 +26,7 @@ except ImportError as error:
         f'c2bin_ext.testing needs hypothesis ({error}): pip install "c2bin-ext[testing]"'
     ) from error
 
-from c2bin_ext.testing._invariants import (
-    check_additive_over_shards,
-    check_bounds,
-    check_cluster_relabelling,
-    check_column_scale,
-    check_dtype,
-    check_finite,
-    check_gradient,
-    check_instance_permutation,
-    check_lower_precision,
-    check_monotone_entropy,
-    check_no_gradient_to_target,
-    check_positive_scaling,
-    check_value_at_agreement,
-    check_value_at_balance,
-    check_value_at_collapse,
-    check_value_at_uniform,
-    check_view_swap,
-)
+from c2bin_ext.testing import presets
 from c2bin_ext.testing._search import InvariantError, LossRaisedError, evaluate, search
 from c2bin_ext.testing._strategies import (
     ASSIGNMENT_KINDS,
@@ -54,7 +39,14 @@ from c2bin_ext.testing._strategies import (
     scales,
     shards,
 )
-from c2bin_ext.testing._suite import InvariantsError, Report, check_invariants, invariants
+from c2bin_ext.testing._suite import (
+    InvariantsError,
+    Report,
+    check_invariants,
+    check_one,
+    invariants,
+    parametrize_with_invariants,
+)
 
 __all__ = [
     "ASSIGNMENT_KINDS",
@@ -64,31 +56,20 @@ __all__ = [
     "LossRaisedError",
     "Report",
     "assignments",
-    "check_additive_over_shards",
-    "check_bounds",
-    "check_cluster_relabelling",
-    "check_column_scale",
-    "check_dtype",
-    "check_finite",
-    "check_gradient",
-    "check_instance_permutation",
     "check_invariants",
-    "check_lower_precision",
-    "check_monotone_entropy",
-    "check_no_gradient_to_target",
-    "check_positive_scaling",
-    "check_value_at_agreement",
-    "check_value_at_balance",
-    "check_value_at_collapse",
-    "check_value_at_uniform",
-    "check_view_swap",
     "dtypes",
     "embeddings",
     "evaluate",
     "invariants",
     "paired_assignments",
     "paired_embeddings",
+    "parametrize_with_invariants",
+    "presets",
     "scales",
     "search",
     "shards",
 ]
+
+
+def __getattr__(name: str) -> Callable[..., None]:
+    return check_one(name)

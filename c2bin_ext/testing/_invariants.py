@@ -1,1410 +1,679 @@
-"""The invariants: each check looks for an input on which a loss breaks one of them.
+"""The invariants, one function each: what is a problem of an example, beside how it is drawn.
 
-Inputs are float64 unless a check is about dtypes, so that tolerances can be tight.
+A docstring is a line of the docs' table, and `options` are what users may set. Inputs are float64
+unless an invariant is about dtypes, so that tolerances are tight.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from c2bin_ext.testing import _strategies as strategies
-from c2bin_ext.testing._search import (
-    Example,
-    Loss,
-    calling,
-    differentiate,
-    evaluate,
-    search,
-    show,
-)
+from c2bin_ext.testing._search import Example, Loss, calling, differentiate, evaluate, search, show
+from c2bin_ext.testing.presets import alignment, balance, contrast
 
 Kind: TypeAlias = Literal["assignment", "assignment_pair", "embedding_pair"]
-Value: TypeAlias = float | Callable[[int], float]
-Shapes: TypeAlias = Sequence[tuple[int, int]] | None
-Device: TypeAlias = str | torch.device
-Statistic: TypeAlias = Callable[..., Tensor | Sequence[Tensor]]
+Shape: TypeAlias = tuple[int, int]
+Draw: TypeAlias = Callable[["Check", st.DrawFn], Example]
+Problem: TypeAlias = Callable[["Check", Loss, Example], "str | None"]
 
 NAMES: dict[str, tuple[str, ...]] = {
     "assignment": ("assignments",),
     "assignment_pair": ("assignments0", "assignments1"),
     "embedding_pair": ("prediction", "target"),
 }
-ALL_KINDS = tuple(NAMES)
-ON_ASSIGNMENTS = ALL_KINDS[:2]
-ON_PAIRS = ALL_KINDS[1:]
-
+ALL = tuple(NAMES)
 # Entries whose squares do not vanish in float32: on either side of where a loss takes a norm for
 # zero it may change with the scale, and neither is wrong.
-_ORDINARY = ("one_hot", "ratios", "uniform", "collapsed", "constant", "dead_cluster")
-_FACTORS = (1.0, 2.0, 0.5, 100.0, 0.01)
-# C2BIN's default temperature, which the default values are for.
-_TEMPERATURE = 0.5
-
-
-def check_instance_permutation(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that the order of the instances of a batch does not matter.
-
-    Formula: `L(P[π]) = L(P)` for every permutation π of the rows, the same for both views.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6, K 2 to 5 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_instance_permutation
-        >>> check_instance_permutation(BCAContrastiveLoss())
-
-    Source: C2BIN, Eq. 1, 4 and 5 are sums over instances.
-    """
-    names = _names(kind, ALL_KINDS)
-
-    def problem(example: Example) -> str | None:
-        inputs, order = _inputs(example, names), example["permutation"]
-        expected = evaluate(loss, inputs)
-        found = evaluate(loss, [tensor[order] for tensor in inputs])
-        return _differs("after the permutation", found, expected, rtol, atol)
-
-    examples = _examples(kind, shapes, device, extra=_row_permutation)
-    search(
-        "instance_permutation",
-        "L(rows in any order) = L(rows)",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_cluster_relabelling(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that the names of the clusters do not matter.
-
-    Formula: `L(P[:, π]) = L(P)` for every permutation π of the columns, the same for both views.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"` or `"assignment_pair"`.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6 and K 2 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import ClusterEntropyRegularizer
-        >>> from c2bin_ext.testing import check_cluster_relabelling
-        >>> check_cluster_relabelling(ClusterEntropyRegularizer(), kind="assignment")
-
-    Source: C2BIN, Eq. 4 and 5 are averages and sums over clusters.
-    """
-    names = _names(kind, ON_ASSIGNMENTS)
-
-    def problem(example: Example) -> str | None:
-        inputs, order = _inputs(example, names), example["permutation"]
-        expected = evaluate(loss, inputs)
-        found = evaluate(loss, [tensor[:, order] for tensor in inputs])
-        return _differs("after the relabelling", found, expected, rtol, atol)
-
-    examples = _examples(kind, shapes, device, extra=_column_permutation)
-    search(
-        "cluster_relabelling",
-        "L(columns in any order) = L(columns)",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_view_swap(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that neither view is preferred.
-
-    Formula: `L(P', P'') = L(P'', P')`.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment_pair"` or `"embedding_pair"`.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6, K 2 to 5 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_view_swap
-        >>> check_view_swap(BCAContrastiveLoss(symmetric=True))
-
-    Source: C2BIN, Eq. 4 averaged over both directions; the printed form has one.
-    """
-    names = _names(kind, ON_PAIRS)
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        expected = evaluate(loss, inputs)
-        return _differs("swapped", evaluate(loss, inputs[::-1]), expected, rtol, atol)
-
-    examples = _examples(kind, shapes, device)
-    search(
-        "view_swap",
-        "L(view 0, view 1) = L(view 1, view 0)",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_bounds(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    lower: Value | None = None,
-    upper: Value | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that values stay between two bounds.
-
-    Formula: `lower(K) <= L <= upper(K)`.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        lower: a number or a function of K (of d for embeddings), `-math.inf` for none. The default
-            is C2BIN's: 0; for `"assignment_pair"` `log(1 + (K - 1) exp(-1/τ))` with τ = 0.5.
-        upper: likewise. The default is log K for `"assignment"`, `log(1 + (K - 1) exp(1/τ))` for
-            `"assignment_pair"` and 2 for `"embedding_pair"`.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6, K 2 to 5 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BootstrapAlignmentLoss
-        >>> from c2bin_ext.testing import check_bounds
-        >>> check_bounds(BootstrapAlignmentLoss(), kind="embedding_pair", lower=0, upper=2)
-
-    Source: C2BIN, Eq. 1 (a cosine), Eq. 4 (cosines of columns in [0, 1]) and Eq. 5 (an entropy).
-    """
-    names = _names(kind, ALL_KINDS)
-    least, largest = _BOUNDS[kind]
-    lower, upper = least if lower is None else lower, largest if upper is None else upper
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        columns = inputs[0].shape[1]
-        low, high = _at(lower, columns), _at(upper, columns)
-        found = evaluate(loss, inputs).item()
-        if found >= low - _slack(low, rtol, atol) and found <= high + _slack(high, rtol, atol):
-            return None
-        return f"{_text(found)}, outside of [{_text(low)}, {_text(high)}]"
-
-    examples = _examples(kind, shapes, device)
-    search(
-        "bounds",
-        "lower <= L <= upper",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_value_at_agreement(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    value: Value | None = None,
-    rows_per_cluster: int | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check the value where both views agree perfectly.
-
-    Formula: `L(Y, Y) = value(K)` for one-hot Y with equally many rows in every cluster; for
-    embeddings `L(α z, z) = value(d)` with α > 0.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment_pair"` or `"embedding_pair"`.
-        value: what is expected, a number or a function of K (of d for embeddings). The default is
-            C2BIN's: `log(1 + (K - 1) exp(-1/τ))` with τ = 0.5 for assignments, 0 for embeddings.
-        rows_per_cluster: rows in each cluster, for a value that depends on their number; by default
-            1 to 3. `shapes` overrides it, and its n must be a multiple of K.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default K is
-            2 to 4.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> import math
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_value_at_agreement
-        >>> def value(clusters, temperature=0.2):
-        ...     return math.log1p((clusters - 1) * math.exp(-1 / temperature))
-        >>> check_value_at_agreement(BCAContrastiveLoss(temperature=0.2), value=value)
-
-    Source: C2BIN, Eq. 4 with S = I/τ, and Eq. 1 with cosine 1.
-    """
-    names = _names(kind, ON_PAIRS)
-    expected: Value = value if value is not None else _AGREEMENT[kind]
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        return _misses(evaluate(loss, inputs), expected, inputs[0].shape[1], rtol, atol)
-
-    if kind == "embedding_pair":
-        examples = _aligned(shapes, device)
-    else:
-        examples = _balanced(names, rows_per_cluster, shapes, device)
-    search(
-        "value_at_agreement",
-        "L(y, y) = value",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_value_at_balance(
-    loss: Loss,
-    *,
-    value: Value = 0.0,
-    rows_per_cluster: int | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check the value of a regularizer where hard clusters are balanced.
-
-    Formula: `L(Y) = value(K)` for one-hot Y with equally many rows in every cluster.
-
-    Args:
-        loss: what to check.
-        value: what is expected, a number or a function of K. The default is C2BIN's, 0.
-        rows_per_cluster: rows in each cluster; by default 1 to 3. `shapes` overrides it, and its n
-            must be a multiple of K.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default K is
-            2 to 4.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import ClusterEntropyRegularizer
-        >>> from c2bin_ext.testing import check_value_at_balance
-        >>> check_value_at_balance(ClusterEntropyRegularizer())
-
-    Source: C2BIN, Eq. 5 with H = log K.
-    """
-    names = NAMES["assignment"]
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        return _misses(evaluate(loss, inputs), value, inputs[0].shape[1], rtol, atol)
-
-    examples = _balanced(names, rows_per_cluster, shapes, device)
-    search(
-        "value_at_balance",
-        "L(balanced one-hot) = value",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_value_at_collapse(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    value: Value | None = None,
-    rows: int | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check the value where one cluster holds every instance.
-
-    Formula: `L(P) = value(K)` with `P[i, k] = 1` for one k and all i, the same in both views.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"` or `"assignment_pair"`.
-        value: what is expected, a number or a function of K. The default is C2BIN's: log K for
-            `"assignment"`; `(log(1 + (K - 1) exp(-1/τ)) + (K - 1) log K) / K` with τ = 0.5 for
-            `"assignment_pair"`, since the cosine with an empty column is 0.
-        rows: n, for a value that depends on it; by default 1 to 6. `shapes` overrides it.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6 and K 2 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> import math
-        >>> from c2bin_ext import ClusterEntropyRegularizer
-        >>> from c2bin_ext.testing import check_value_at_collapse
-        >>> check_value_at_collapse(ClusterEntropyRegularizer(), kind="assignment", value=math.log)
-
-    Source: C2BIN, Eq. 4 and 5.
-    """
-    names = _names(kind, ON_ASSIGNMENTS)
-    expected: Value = value if value is not None else _COLLAPSE[kind]
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        return _misses(evaluate(loss, inputs), expected, inputs[0].shape[1], rtol, atol)
-
-    examples = _same(names, "collapsed", rows, shapes, device)
-    search(
-        "value_at_collapse",
-        "L(all in one cluster) = value",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_value_at_uniform(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    value: Value | None = None,
-    rows: int | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check the value where every assignment is uniform.
-
-    Formula: `L(P) = value(K)` with `P[i, k] = 1/K`, in both views.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"` or `"assignment_pair"`.
-        value: what is expected, a number or a function of K. The default is C2BIN's: 0 for
-            `"assignment"`, log K for `"assignment_pair"`.
-        rows: n, for a value that depends on it; by default 1 to 6. `shapes` overrides it.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6 and K 2 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> import math
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_value_at_uniform
-        >>> check_value_at_uniform(BCAContrastiveLoss(), value=math.log)
-
-    Source: C2BIN, Eq. 4 (all columns alike: chance level) and Eq. 5 (equal masses).
-    """
-    names = _names(kind, ON_ASSIGNMENTS)
-    expected: Value = value if value is not None else _UNIFORM[kind]
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        return _misses(evaluate(loss, inputs), expected, inputs[0].shape[1], rtol, atol)
-
-    examples = _same(names, "uniform", rows, shapes, device)
-    search(
-        "value_at_uniform",
-        "L(1/K everywhere) = value",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_positive_scaling(
-    loss: Loss,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that the lengths of embeddings do not matter.
-
-    Formula: `L(diag(α) p, diag(β) z) = L(p, z)` for `α, β > 0`, one factor for each row.
-
-    Args:
-        loss: what to check.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, d) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BootstrapAlignmentLoss
-        >>> from c2bin_ext.testing import check_positive_scaling
-        >>> check_positive_scaling(BootstrapAlignmentLoss())
-
-    Source: C2BIN, Eq. 1 is a cosine.
-    """
-    names = NAMES["embedding_pair"]
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        factors = [torch.as_tensor(example[f"{name}_scale"]).to(inputs[0]) for name in names]
-        expected = evaluate(loss, inputs)
-        scaled = [x * factor[:, None] for x, factor in zip(inputs, factors, strict=True)]
-        return _differs("scaled", evaluate(loss, scaled), expected, rtol, atol)
-
-    kinds = ("plain", "constant")
-    extra = partial(_factors, names=names, axis=0)
-    examples = _examples("embedding_pair", shapes, device, kinds=kinds, extra=extra)
-    search(
-        "positive_scaling",
-        "L(α p, β z) = L(p, z) for α, β > 0",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_column_scale(
-    loss: Loss,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that the lengths of batch-wise cluster assignment vectors do not matter.
-
-    Formula: `L(P' diag(α), P'' diag(β)) = L(P', P'')` for `α, β > 0`, one factor for each
-    column. Rows of the scaled matrices do not sum to 1.
-
-    Args:
-        loss: what to check.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6 and K 2 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_column_scale
-        >>> check_column_scale(BCAContrastiveLoss(similarity="cosine"))
-
-    Source: C2BIN, Eq. 4 with cosine similarity; the dot product as printed does not keep it.
-    """
-    names = NAMES["assignment_pair"]
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        factors = [torch.as_tensor(example[f"{name}_scale"]).to(inputs[0]) for name in names]
-        expected = evaluate(loss, inputs)
-        scaled = [x * factor for x, factor in zip(inputs, factors, strict=True)]
-        return _differs("scaled", evaluate(loss, scaled), expected, rtol, atol)
-
-    extra = partial(_factors, names=names, axis=1)
-    examples = _examples("assignment_pair", shapes, device, kinds=_ORDINARY, extra=extra)
-    search(
-        "column_scale",
-        "L(α_k c'_k, β_k c''_k) = L(c'_k, c''_k) for α, β > 0",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_monotone_entropy(
-    loss: Loss,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that evening out the masses of two clusters never raises a regularizer.
-
-    Formula: `L(P after) <= L(P)` where mass `t (s_a - s_b)`, `0 < t <= 1`, moves from a
-    heavier cluster a to a lighter cluster b, with `s_k = Σ_i P[i, k]`.
-
-    Args:
-        loss: what to check.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6 and K 2 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import ClusterEntropyRegularizer
-        >>> from c2bin_ext.testing import check_monotone_entropy
-        >>> check_monotone_entropy(ClusterEntropyRegularizer())
-
-    Source: C2BIN, Eq. 5: H is Schur-concave, so its negative falls. A flipped sign fails here.
-    """
-
-    def problem(example: Example) -> str | None:
-        before = example["assignments"]
-        heavier, lighter = example["clusters"]
-        mass = before.sum(dim=0)
-        if mass[heavier] < mass[lighter]:
-            heavier, lighter = lighter, heavier
-        gap = mass[heavier] - mass[lighter]
-        # The floor is for two empty clusters, between which nothing moves.
-        moved = before[:, heavier] * (
-            example["part_of_gap"] * gap / mass[heavier].clamp_min(1e-300)
-        )
-        after = before.clone()
-        after[:, heavier] -= moved
-        after[:, lighter] += moved
-        old, new = evaluate(loss, [before]).item(), evaluate(loss, [after]).item()
-        if new <= old + _slack(old, rtol, atol):
-            return None
-        return (
-            f"moving mass {moved.sum().item():.6g} from column {heavier} to column {lighter} "
-            f"raised it from {_text(old)} to {_text(new)}"
-        )
-
-    examples = _examples("assignment", shapes, device, extra=_transfer)
-    search(
-        "monotone_entropy",
-        "L does not rise when mass moves to a lighter cluster",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_finite(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    dtypes: Sequence[torch.dtype] = strategies.DTYPES,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that value and gradient are finite, at the extremes too.
-
-    Formula: `|L| < ∞` and `|∂L/∂P| < ∞` for one-hot, uniform, collapsed, dead-cluster, zero,
-    huge and tiny inputs and n = 1, in every dtype.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        dtypes: of the inputs; all four of training by default.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6, K 2 to 5 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_finite
-        >>> check_finite(BCAContrastiveLoss())
-
-    Source: what every loss of `c2bin_ext` keeps; of Eq. 5, log 0 of an empty cluster.
-    """
-    names = _names(kind, ALL_KINDS)
-
-    def problem(example: Example) -> str | None:
-        value, gradients = differentiate(loss, _inputs(example, names))
-        if not torch.isfinite(value).all():
-            return f"value {value.item()}"
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None and not torch.isfinite(gradient).all():
-                return f"gradient of {name} {show(gradient)}"
-        return None
-
-    # One search for each dtype: each sees all the extremes.
-    for dtype in dtypes:
-        examples = _examples(kind, shapes, device, dtype=dtype)
-        search(
-            "finite",
-            "value and gradient are finite",
-            loss,
-            examples,
-            problem,
-            max_examples=max_examples,
-            derandomize=derandomize,
-        )
-
-
-def check_gradient(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    rtol: float = 1e-3,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check the gradient against finite differences.
-
-    Formula: `∂L/∂z` by autograd is `(L(z + ε) - L(z - ε)) / 2ε`, with `P = softmax(z)` for
-    assignments; of the prediction alone for embeddings.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n
-            and K are at most 4, for speed.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_gradient
-        >>> check_gradient(BCAContrastiveLoss(), max_examples=10)
-
-    Source: `torch.autograd.gradcheck`, in float64.
-    """
-    names = _names(kind, ALL_KINDS)
-
-    def wrong(inputs: list[Tensor]) -> str | None:
-        fixed = inputs[1:] if kind == "embedding_pair" else []
-        leaves = [x.clone().requires_grad_() for x in inputs[: len(inputs) - len(fixed)]]
-
-        def of_leaves(*points: Tensor) -> Tensor:
-            if kind != "embedding_pair":
-                points = tuple(point.softmax(dim=1) for point in points)
-            with calling(), warnings.catch_warnings():
-                # What torch.compile asks of inputs that are no leaves, with warnings as errors.
-                warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor")
-                return loss(*points, *(x.clone() for x in fixed))
-
-        try:
-            gradcheck(of_leaves, leaves, rtol=rtol, atol=atol)
-        except GradcheckError as error:
-            return " ".join(str(error).split())
-        return None
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, [f"logits of {name}" if soft else name for name in names])
-        found = wrong(inputs)
-        if found is None:
-            return None
-        # Ties of small integers sit on the kinks of a max or a hinge, where there is no gradient
-        # to compare with. A wrong gradient is as wrong a little further on.
-        generic = [
-            x + 0.01 * torch.arange(1, x.numel() + 1).to(x).reshape(x.shape).mul(37 + i).sin()
-            for i, x in enumerate(inputs)
-        ]
-        return found if wrong(generic) is not None else None
-
-    soft = kind != "embedding_pair"
-    if soft:
-        examples = _logits(names, shapes, device)
-    else:
-        examples = _examples(kind, shapes, device, kinds=("plain", "constant"))
-    search(
-        "gradient",
-        "autograd = finite differences",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_no_gradient_to_target(
-    loss: Loss,
-    *,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that targets never get a gradient.
-
-    Formula: `∂L/∂z = 0` for the second argument of `L(p, z)`.
-
-    Args:
-        loss: what to check.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, d) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BootstrapAlignmentLoss
-        >>> from c2bin_ext.testing import check_no_gradient_to_target
-        >>> check_no_gradient_to_target(BootstrapAlignmentLoss())
-
-    Source: C2BIN, the stop-gradient sg(z) of Eq. 1.
-    """
-    names = NAMES["embedding_pair"]
-
-    def problem(example: Example) -> str | None:
-        _, (_, gradient) = differentiate(loss, _inputs(example, names))
-        # Where the gradient vanishes anyhow, its rounding error would make a poor example.
-        if gradient is None or gradient.abs().max() <= 1e-9:
-            return None
-        return f"gradient of target {show(gradient)}"
-
-    examples = _examples("embedding_pair", shapes, device, kinds=("plain", "constant"))
-    search(
-        "no_gradient_to_target",
-        "dL/d target = 0",
-        loss,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def check_dtype(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    dtypes: Sequence[torch.dtype] = strategies.DTYPES,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that the loss is 0-dim, float32 for half inputs, and float64 for float64.
-
-    Formula: `L.ndim = 0`; `L.dtype` is float64 for float64 inputs and float32 for all others.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        dtypes: of the inputs; all four of training by default.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6, K 2 to 5 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_dtype
-        >>> check_dtype(BCAContrastiveLoss())
-
-    Source: what every loss of `c2bin_ext` keeps.
-    """
-    names = _names(kind, ALL_KINDS)
-
-    def problem(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        value = evaluate(loss, inputs)
-        wide = torch.float64 if inputs[0].dtype is torch.float64 else torch.float32
-        if value.ndim or value.dtype is not wide:
-            return f"shape {tuple(value.shape)}, {value.dtype}, in place of (), {wide}"
-        return None
-
-    for dtype in dtypes:
-        kinds = _ORDINARY if kind in ON_ASSIGNMENTS else ("plain",)
-        examples = _examples(kind, shapes, device, dtype=dtype, kinds=kinds)
-        search(
-            "dtype",
-            "0-dim, float32 at least, float64 stays",
-            loss,
-            examples,
-            problem,
-            max_examples=max_examples,
-            derandomize=derandomize,
-        )
-
-
-def check_lower_precision(
-    loss: Loss,
-    *,
-    kind: Kind = "assignment_pair",
-    dtypes: Sequence[torch.dtype] = strategies.DTYPES[2:],
-    autocast: bool = True,
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that half inputs and autocast give what float32 gives.
-
-    Formula: `L(x.half()) = L(x.half().float())`, and `L(x)` is the same under autocast to bfloat16.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        dtypes: the lower precisions.
-        autocast: whether to compare float32 inputs with and without autocast too.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6, K 2 to 5 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext import BCAContrastiveLoss
-        >>> from c2bin_ext.testing import check_lower_precision
-        >>> check_lower_precision(BCAContrastiveLoss())
-
-    Source: what every loss of `c2bin_ext` keeps: float32 inside.
-    """
-    names = _names(kind, ALL_KINDS)
-
-    def cast(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        expected = evaluate(loss, [tensor.float() for tensor in inputs])
-        return _differs(f"in {inputs[0].dtype}", evaluate(loss, inputs), expected, rtol, atol)
-
-    def under_autocast(example: Example) -> str | None:
-        inputs = _inputs(example, names)
-        expected = evaluate(loss, inputs)
-        with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
-            found = evaluate(loss, inputs)
-        return _differs("under autocast to bfloat16", found, expected, rtol, atol)
-
-    runs = [(dtype, cast) for dtype in dtypes]
-    if autocast:
-        runs.append((torch.float32, under_autocast))
-    kinds = (*_ORDINARY, "softmax") if kind in ON_ASSIGNMENTS else ("plain", "constant")
-    for dtype, problem in runs:
-        examples = _examples(kind, shapes, device, dtype=dtype, kinds=kinds)
-        search(
-            "lower_precision",
-            "L in lower precision = L in float32",
-            loss,
-            examples,
-            problem,
-            max_examples=max_examples,
-            derandomize=derandomize,
-        )
-
-
-def check_additive_over_shards(
-    statistic: Statistic,
-    *,
-    kind: Kind = "assignment",
-    loss: Loss | None = None,
-    from_sums: Loss | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_examples: int = 50,
-    derandomize: bool = True,
-    shapes: Shapes = None,
-    device: Device = "cpu",
-) -> None:
-    """Check that a batch statistic adds up over shards, and that a loss is a function of the sums.
-
-    Formula: `T(P) = Σ_r T(P_r)` for every partition of the rows into parts `P_r`; with a loss,
-    `L(P) = f(Σ_r T(P_r))` and the gradients agree too, which is what lets ranks exchange sums
-    instead of features.
-
-    Args:
-        statistic: T, returns a tensor or a sequence of tensors.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        loss: the loss of the whole batch, to compare with `from_sums`.
-        from_sums: f, called with what the statistic returns, summed over shards.
-        rtol: tolerance relative to the expected value.
-        atol: absolute tolerance.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
-        shapes: the (n, K) to draw from, such as one alone for a compiled loss; by default n is
-            1 to 6, K 2 to 5 and d 1 to 5.
-        device: where the inputs lie.
-
-    Returns:
-        None, where no counterexample was found.
-
-    Raises:
-        InvariantError: the invariant does not hold.
-        LossRaisedError: the loss raised.
-        ValueError: an argument that does not fit.
-
-    Examples:
-        >>> from c2bin_ext.functional import cluster_mass
-        >>> from c2bin_ext.testing import check_additive_over_shards
-        >>> check_additive_over_shards(cluster_mass)
-
-    Source: C2BIN, `C'ᵀC''` and column norms of Eq. 4, masses of Eq. 5; `c2bin_ext.distributed`.
-    """
-    names = _names(kind, ALL_KINDS)
-    if (loss is None) != (from_sums is None):
-        raise ValueError("loss, from_sums: expected both or neither")
-
-    def over_shards(sizes: Sequence[int], *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        totals: list[Tensor] = []
-        single = True
-        for parts in zip(*(torch.split(x, list(sizes)) for x in inputs), strict=True):
-            statistics = statistic(*parts)
-            single = isinstance(statistics, Tensor)
-            new = _listed(statistics)
-            totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
-        return totals[0] if single else tuple(totals)
-
-    def problem(example: Example) -> str | None:
-        inputs, sizes = _inputs(example, names), example["shards"]
-        with calling():
-            whole = over_shards([inputs[0].shape[0]], *(x.clone() for x in inputs))
-            total = over_shards(sizes, *(x.clone() for x in inputs))
-        for expected, found in zip(_listed(whole), _listed(total), strict=True):
-            if not torch.allclose(found, expected, rtol=rtol, atol=atol):
-                return f"sum over shards {show(found)}, whole {show(expected)}"
-        if loss is None or from_sums is None:
-            return None
-
-        def sharded(*leaves: Tensor) -> Tensor:
-            return from_sums(over_shards(sizes, *leaves))
-
-        value, slopes = differentiate(loss, inputs)
-        again, slopes_again = differentiate(sharded, inputs)
-        if (gap := _differs("from sums over shards", again, value, rtol, atol)) is not None:
-            return gap
-        for name, tensor, a, b in zip(names, inputs, slopes, slopes_again, strict=True):
-            want, have = (torch.zeros_like(tensor) if x is None else x for x in (a, b))
-            if not torch.allclose(have, want, rtol=rtol, atol=atol):
-                return f"gradient of {name} from sums {show(have)}, whole {show(want)}"
-        return None
-
-    kinds = _ORDINARY if kind in ON_ASSIGNMENTS else ("plain", "constant", "zero_row")
-    examples = _examples(kind, shapes, device, kinds=kinds, extra=_shards)
-    search(
-        "additive_over_shards",
-        "T(whole) = Σ_r T(shard r)",
-        statistic,
-        examples,
-        problem,
-        max_examples=max_examples,
-        derandomize=derandomize,
-    )
-
-
-def _agreement(clusters: int) -> float:
-    return math.log1p((clusters - 1) * math.exp(-1 / _TEMPERATURE))
-
-
-def _collapse(clusters: int) -> float:
-    return (_agreement(clusters) + (clusters - 1) * math.log(clusters)) / clusters
-
-
-def _worst(clusters: int) -> float:
-    return math.log1p((clusters - 1) * math.exp(1 / _TEMPERATURE))
-
-
-_BOUNDS: dict[str, tuple[Value, Value]] = {
+ORDINARY = ("one_hot", "ratios", "uniform", "collapsed", "constant", "dead_cluster")
+SOFT, PLAIN = (*ORDINARY, "softmax"), ("plain", "constant")
+FACTORS = (1.0, 2.0, 0.5, 100.0, 0.01)
+ROUNDING = 1e-12  # of float64 sums in another order
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "assignment": balance,
+    "assignment_pair": contrast,
+    "embedding_pair": alignment,
+}
+BOUNDS: dict[str, tuple[Any, Any]] = {
     "assignment": (0.0, math.log),
-    "assignment_pair": (_agreement, _worst),
+    # Cosines of columns lie in [0, 1], and 1/τ = 2.
+    "assignment_pair": (
+        lambda k: math.log1p((k - 1) * math.exp(-2)),
+        lambda k: math.log1p((k - 1) * math.exp(2)),
+    ),
     "embedding_pair": (0.0, 2.0),
 }
-_AGREEMENT: dict[str, Value] = {"assignment_pair": _agreement, "embedding_pair": 0.0}
-_COLLAPSE: dict[str, Value] = {"assignment": math.log, "assignment_pair": _collapse}
-_UNIFORM: dict[str, Value] = {"assignment": 0.0, "assignment_pair": math.log}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def _names(kind: str, served: Sequence[str]) -> tuple[str, ...]:
-    if kind not in served:
-        raise ValueError(f"kind: expected one of {tuple(served)}, got {kind!r}")
-    return NAMES[kind]
+@dataclass(frozen=True)
+class Search:
+    """How long to look for a counterexample, and among which inputs."""
+
+    max_examples: int = 50
+    derandomize: bool = True
+    shapes: Sequence[Shape] | None = None
+    device: str | torch.device = "cpu"
+    min_rows: int = 1
 
 
-def _inputs(example: Example, names: Sequence[str]) -> list[Tensor]:
-    return [example[name] for name in names]
+@dataclass(frozen=True)
+class Invariant:
+    """What losses of some kinds keep: how to draw an example, and what is a problem of it."""
+
+    name: str
+    kinds: tuple[str, ...]
+    what: str
+    holds: str
+    problem: Problem
+    draw: Draw
+    options: Mapping[str, Any]
+    assignments: tuple[str, ...] = strategies.ASSIGNMENT_KINDS
+    embeddings: tuple[str, ...] = strategies.EMBEDDING_KINDS
+    least: Shape = (1, 1)  # n and K or d, below which nothing is to be seen
+    most: Shape = (6, 5)
+    of_losses: bool = True
 
 
-def _listed(statistics: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [statistics] if isinstance(statistics, Tensor) else list(statistics)
+REGISTRY: dict[str, Invariant] = {}
 
 
-def _at(value: Value, columns: int) -> float:
-    return float(value(columns) if callable(value) else value)
+class Check:
+    """An invariant for one kind of loss, with its options and the search."""
 
+    def __init__(self, invariant: Invariant, kind: str, looking: Search, **options: Any) -> None:
+        name, known = invariant.name, tuple(invariant.options)
+        if kind not in invariant.kinds:
+            raise ValueError(f"kind: expected one of {invariant.kinds} for {name}, got {kind!r}")
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"options of {name}: expected some of {known}, got {unknown}")
+        self.invariant, self.kind, self.looking, self.names = invariant, kind, looking, NAMES[kind]
+        self.options = SimpleNamespace(**{**invariant.options, **options})
+        columns = max(invariant.least[1], 1 if kind == "embedding_pair" else 2)
+        self.least = max(invariant.least[0], looking.min_rows), columns
 
-def _text(number: float) -> str:
-    # Adding 0 turns -0 into 0.
-    return f"{number + 0.0:.9g}"
+    def __call__(self, loss: Loss) -> None:
+        """Search in every dtype, each with all the extremes."""
+        __tracebackhide__ = True
+        looking, of = self.looking, self.invariant
+        if looking.shapes is not None and not self.shapes():
+            return
+        dtypes = getattr(self.options, "dtypes", [torch.float64])
+        for dtype in [*dtypes, *[torch.float32] * getattr(self.options, "autocast", False)]:
+            self.dtype = dtype
+            search(
+                *(of.name, of.holds, loss, _examples(self), partial(of.problem, self, loss)),
+                max_examples=looking.max_examples,
+                derandomize=looking.derandomize,
+            )
 
+    def shapes(self) -> list[Shape]:
+        """Return the shapes that users named in which something is to be seen."""
+        return [s for s in self.looking.shapes or () if min(map(int.__sub__, s, self.least)) >= 0]
 
-def _slack(expected: float, rtol: float, atol: float) -> float:
-    return atol + rtol * abs(expected) if math.isfinite(expected) else 0.0
+    def shape(self, draw: st.DrawFn) -> Shape:
+        """Draw rows and columns."""
+        if self.looking.shapes is not None:
+            return draw(st.sampled_from(self.shapes()))
+        (rows, columns), most = self.least, self.invariant.most
+        return draw(st.integers(rows, max(rows, most[0]))), draw(st.integers(columns, most[1]))
 
+    def named(self, *views: Tensor) -> Example:
+        """Name the inputs of the loss; one view is repeated for a pair."""
+        views = views if len(views) > 1 else tuple(views[0].clone() for _ in self.names)
+        return dict(zip(self.names, views, strict=True))
 
-def _differs(where: str, found: Tensor, expected: Tensor, rtol: float, atol: float) -> str | None:
-    new, old = found.item(), expected.item()
-    # Equality first, for infinities. NaN fails both.
-    if new == old or abs(new - old) <= _slack(old, rtol, atol):
-        return None
-    return f"{_text(old)}, and {where} {_text(new)}"
+    def inputs(self, example: Example) -> list[Tensor]:
+        """Return the inputs of the loss in an example."""
+        return [example[name] for name in self.names]
 
+    def slack(self, expected: float) -> float:
+        """Return how far off a value may be."""
+        small: float = self.options.atol + self.options.rtol * abs(expected)
+        return small if math.isfinite(expected) else 0.0
 
-def _misses(found: Tensor, value: Value, columns: int, rtol: float, atol: float) -> str | None:
-    new, wanted = found.item(), _at(value, columns)
-    if new == wanted or abs(new - wanted) <= _slack(wanted, rtol, atol):
-        return None
-    return f"{_text(new)}, expected {_text(wanted)}"
-
-
-Extra: TypeAlias = Callable[[tuple[int, int]], "st.SearchStrategy[Example]"]
+    def differs(self, found: float, expected: float, how: str) -> str | None:
+        """Say that two values differ. Equality is first, for infinities; NaN fails both."""
+        if found == expected or abs(found - expected) <= self.slack(expected):
+            return None
+        return f"{_text(expected)}, and {how} {_text(found)}"
 
 
 @st.composite
-def _examples(
-    draw: st.DrawFn,
-    kind: str,
-    shapes: Shapes,
-    device: Device,
-    *,
-    dtype: torch.dtype = torch.float64,
-    kinds: Sequence[str] | None = None,
-    extra: Extra | None = None,
-) -> Example:
-    """Inputs of a loss by name, and what `extra` draws for their shape."""
-    options: dict[str, Any] = {"dtype": dtype}
-    if kinds is not None:
-        options["kinds"] = kinds
-    if shapes is not None:
-        rows, columns = draw(st.sampled_from(list(shapes)))
-        options |= {"rows": rows, "features" if kind == "embedding_pair" else "clusters": columns}
-    tensors: tuple[Tensor, ...]
-    if kind == "assignment":
-        tensors = (draw(strategies.assignments(**options)),)
-    elif kind == "assignment_pair":
-        tensors = draw(strategies.paired_assignments(**options))
+def _examples(draw: st.DrawFn, check: Check) -> Example:
+    drawn, device = check.invariant.draw(check, draw), check.looking.device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in drawn.items()}
+
+
+def _views(check: Check, draw: st.DrawFn) -> Example:
+    rows, columns = check.shape(draw)
+    if check.kind == "embedding_pair":
+        strategy: Any = partial(strategies.paired_embeddings, features=columns)
+    elif check.kind == "assignment_pair":
+        strategy = partial(strategies.paired_assignments, clusters=columns)
     else:
-        tensors = draw(strategies.paired_embeddings(**options))
-    example: Example = dict(zip(NAMES[kind], (x.to(device) for x in tensors), strict=True))
-    if extra is not None:
-        rows, columns = tensors[0].shape
-        example |= draw(extra((rows, columns)))
+        strategy = partial(strategies.assignments, clusters=columns)
+    of = check.invariant
+    kinds = of.embeddings if check.kind == "embedding_pair" else of.assignments
+    views = draw(strategy(rows=rows, kinds=kinds, dtype=check.dtype))
+    return check.named(*([views] if isinstance(views, Tensor) else views))
+
+
+def invariant(
+    kinds: tuple[str, ...],
+    holds: str,
+    *,
+    draw: Draw = _views,
+    name: str = "",
+    what: str = "",
+    options: Mapping[str, Any] = CLOSE,
+    **fields: Any,
+) -> Callable[[Problem], Problem]:
+    """Register a function as an invariant: what is wrong with an example, None where nothing is."""
+
+    def register(problem: Problem) -> Problem:
+        named = name or problem.__name__
+        text = " ".join((what or problem.__doc__ or "").split())
+        REGISTRY[named] = Invariant(named, kinds, text, holds, problem, draw, options, **fields)
+        return problem
+
+    return register
+
+
+def _permuted(check: Check, draw: st.DrawFn) -> Example:
+    example = _views(check, draw)
+    rows, columns = example[check.names[0]].shape
+    size = rows if check.invariant.name == "instance_permutation" else columns
+    return example | {"permutation": draw(st.permutations(range(size)))}
+
+
+@invariant(ALL, "L(rows in any order) = L(rows)", draw=_permuted)
+def instance_permutation(check: Check, loss: Loss, example: Example) -> str | None:
+    """the order of the instances does not matter, the same in both views"""
+    inputs, order = check.inputs(example), example["permutation"]
+    found, expected = _value(loss, [x[order] for x in inputs]), _value(loss, inputs)
+    return check.differs(found, expected, "with rows in another order")
+
+
+@invariant(ALL[:2], "L(columns in any order) = L(columns)", draw=_permuted)
+def cluster_relabelling(check: Check, loss: Loss, example: Example) -> str | None:
+    """the order of the clusters does not matter, the same in both views"""
+    inputs, order = check.inputs(example), example["permutation"]
+    found, expected = _value(loss, [x[:, order] for x in inputs]), _value(loss, inputs)
+    return check.differs(found, expected, "with columns in another order")
+
+
+@invariant(ALL[1:], "L(view 0, view 1) = L(view 1, view 0)")
+def view_swap(check: Check, loss: Loss, example: Example) -> str | None:
+    """neither view is preferred, in value"""
+    inputs = check.inputs(example)
+    return check.differs(_value(loss, inputs[::-1]), _value(loss, inputs), "swapped")
+
+
+def _scaled(check: Check, draw: st.DrawFn) -> Example:
+    example = _views(check, draw)
+    rows, columns = example[check.names[0]].shape
+    size = rows if check.kind == "embedding_pair" else columns
+    for name in check.names:
+        # One row or column at a time: compositions of these are all scalings.
+        factors = [1.0] * size
+        factors[draw(st.integers(0, size - 1))] = draw(st.sampled_from(FACTORS))
+        example[f"{name}_scale"] = factors
     return example
 
 
-def _row_permutation(shape: tuple[int, int]) -> st.SearchStrategy[Example]:
-    return st.fixed_dictionaries({"permutation": st.permutations(range(shape[0]))})
+@invariant(
+    ALL[2:], "L(α p, β z) = L(p, z) for α, β > 0", name="positive_scaling", draw=_scaled,
+    what="the lengths of embeddings do not matter, row by row", embeddings=PLAIN,
+)  # fmt: skip
+@invariant(
+    ALL[1:2], "L(α_k c'_k, β_k c''_k) = L(c'_k, c''_k) for α, β > 0", name="column_scale",
+    what="the lengths of the clusters' columns do not matter; scaled rows do not sum to 1",
+    draw=_scaled, assignments=ORDINARY,
+)  # fmt: skip
+def _scaling(check: Check, loss: Loss, example: Example) -> str | None:
+    inputs = check.inputs(example)
+    factors = [inputs[0].new_tensor(example[f"{name}_scale"]) for name in check.names]
+    if check.kind == "embedding_pair":
+        factors = [factor[:, None] for factor in factors]
+    scaled = [x * factor for x, factor in zip(inputs, factors, strict=True)]
+    return check.differs(_value(loss, scaled), _value(loss, inputs), "scaled")
 
 
-def _column_permutation(shape: tuple[int, int]) -> st.SearchStrategy[Example]:
-    return st.fixed_dictionaries({"permutation": st.permutations(range(shape[1]))})
+def _without_ties(check: Check, draw: st.DrawFn) -> Example:
+    # Integers that hypothesis shrinks would be full of ties, which hide what does not matter.
+    shape, seed = check.shape(draw), draw(st.integers(0, 99))
+    drawn, views = random.Random(seed), []
+    for _ in check.names:
+        entries = torch.tensor(drawn.choices(range(1, 17), k=shape[0] * shape[1])).double()
+        signs = torch.tensor(drawn.choices((-1, 1), k=len(entries)))
+        entries = entries * signs if check.kind == "embedding_pair" else entries
+        view = entries.reshape(shape)
+        views.append(view if check.kind == "embedding_pair" else view / view.sum(1, keepdim=True))
+    return check.named(*views)
 
 
-def _factors(
-    shape: tuple[int, int], *, names: Sequence[str], axis: int
-) -> st.SearchStrategy[Example]:
-    # One row or column at a time: compositions of these are all scalings, and a drawn index leaves
-    # hypothesis free to shrink the shape, where a drawn list of factors would not.
-    place, factor = st.integers(0, shape[axis] - 1), st.sampled_from(_FACTORS)
-
-    def factors(drawn: tuple[int, float]) -> list[float]:
-        return [drawn[1] if at == drawn[0] else 1.0 for at in range(shape[axis])]
-
-    scaled = st.tuples(place, factor).map(factors)
-    return st.fixed_dictionaries({f"{name}_scale": scaled for name in names})
-
-
-def _transfer(shape: tuple[int, int]) -> st.SearchStrategy[Example]:
-    clusters = st.permutations(range(shape[1])).map(lambda order: tuple(order[:2]))
-    return st.fixed_dictionaries(
-        {"clusters": clusters, "part_of_gap": st.sampled_from((0.5, 1.0, 0.25))}
-    )
-
-
-def _shards(shape: tuple[int, int]) -> st.SearchStrategy[Example]:
-    return st.fixed_dictionaries({"shards": strategies.shards(shape[0])})
+@invariant(
+    ALL, "L changes with every entry of every view", draw=_without_ties, options={},
+    least=(2, 2), most=(4, 4),
+)  # fmt: skip
+def every_input_matters(check: Check, loss: Loss, example: Example) -> str | None:
+    """L changes with any entry of an embedding, and with mass that moves to the next cluster"""
+    inputs = check.inputs(example)
+    before = _value(loss, inputs)
+    for place, view in enumerate(inputs):
+        for row, column in torch.cartesian_prod(*map(torch.arange, view.shape)).tolist():
+            changed = view.clone()
+            # A part that no simple fractions make up for by chance.
+            moved = 0.37 * view[row, column]
+            changed[row, column] += moved if check.kind == "embedding_pair" else -moved
+            if check.kind != "embedding_pair":
+                changed[row, (column + 1) % view.shape[1]] += moved
+            if _same(_value(loss, _with(inputs, place, changed)), before):
+                where = f"row {row}, column {column} of `{check.names[place]}`"
+                return f"{where} does not matter: L stays {_text(before)}"
+    return None
 
 
-@st.composite
-def _balanced(
-    draw: st.DrawFn,
-    names: Sequence[str],
-    rows_per_cluster: int | None,
-    shapes: Shapes,
-    device: Device,
-) -> Example:
-    if shapes is not None:
-        rows, clusters = draw(st.sampled_from(list(shapes)))
+@invariant(
+    ALL[1:], "L(x, y) ≠ L(x, y in another order)", draw=_without_ties, options={},
+    least=(2, 2), most=(4, 4),
+)  # fmt: skip
+def compares_views(check: Check, loss: Loss, example: Example) -> str | None:
+    """L depends on which rows of both views belong together"""
+    view0, view1 = check.inputs(example)
+    before = _value(loss, [view0, view1])
+    if not _same(_value(loss, [view0, view1.roll(1, dims=0)]), before):
+        return None
+    return f"the views are not compared: L stays {_text(before)} with the rows of one moved on"
+
+
+@invariant(ALL, "lower <= L <= upper", options={"lower": None, "upper": None, **CLOSE})
+def bounds(check: Check, loss: Loss, example: Example) -> str | None:
+    """A: [0, log K]; AA: [log(1 + (K−1)e^(−1/τ)), log(1 + (K−1)e^(1/τ))]; EE: [0, 2]"""
+    inputs, given = check.inputs(example), (check.options.lower, check.options.upper)
+    found, columns = _value(loss, inputs), inputs[0].shape[1]
+    limits = (b if a is None else a for a, b in zip(given, BOUNDS[check.kind], strict=True))
+    low, high = (float(x(columns) if callable(x) else x) for x in limits)
+    if low - check.slack(low) <= found <= high + check.slack(high):
+        return None
+    hint = _of_c2bin(check, "upper" if found > high else "lower")
+    return f"{_text(found)}, outside of [{_text(low)}, {_text(high)}]{hint}"
+
+
+def _labels(check: Check, draw: st.DrawFn) -> tuple[Tensor, int]:
+    if check.looking.shapes is not None:
+        rows, clusters = check.shape(draw)
         if rows % clusters:
             raise ValueError(f"shapes: expected n a multiple of K, got {(rows, clusters)}")
         repeats = rows // clusters
     else:
         clusters = draw(st.integers(2, 4))
-        size = (1, 3) if rows_per_cluster is None else rows_per_cluster
+        size = getattr(check.options, "rows_per_cluster", None) or (1, 3)
         repeats = draw(strategies.size("rows_per_cluster", size, 1))
-    labels = draw(st.permutations(list(range(clusters)) * repeats))
-    hard = torch.eye(clusters, dtype=torch.float64, device=device)[labels]
-    return {name: hard.clone() for name in names}
+        repeats = max(repeats, -(-check.looking.min_rows // clusters))
+    return torch.arange(clusters).repeat_interleave(repeats), clusters
 
 
-@st.composite
-def _same(
-    draw: st.DrawFn,
-    names: Sequence[str],
-    assignment_kind: str,
-    rows: int | None,
-    shapes: Shapes,
-    device: Device,
-) -> Example:
-    fixed = shapes
-    if fixed is None and rows is not None:
-        fixed = [(rows, clusters) for clusters in range(2, 6)]
-    example: Example = draw(_examples("assignment", fixed, device, kinds=[assignment_kind]))
-    return {name: example["assignments"].clone() for name in names}
+def _balanced(check: Check, draw: st.DrawFn) -> Example:
+    labels, clusters = _labels(check, draw)
+    return check.named(_one_hot(labels[draw(st.permutations(range(len(labels))))], clusters))
 
 
-@st.composite
-def _aligned(draw: st.DrawFn, shapes: Shapes, device: Device) -> Example:
-    kinds = ("plain", "constant")
-    example: Example = draw(_examples("embedding_pair", shapes, device, kinds=kinds))
-    target = example["prediction"]
-    return {"prediction": target * draw(st.sampled_from(_FACTORS)), "target": target}
+def _agreeing(check: Check, draw: st.DrawFn) -> Example:
+    if check.kind == "assignment_pair":
+        return _balanced(check, draw)
+    target = _views(check, draw)["prediction"]
+    return check.named(target * draw(st.sampled_from(FACTORS)), target)
 
 
-@st.composite
-def _logits(draw: st.DrawFn, names: Sequence[str], shapes: Shapes, device: Device) -> Example:
-    sizes = [(n, k) for n in range(1, 5) for k in range(2, 5)] if shapes is None else list(shapes)
-    rows, clusters = draw(st.sampled_from(sizes))
-    row = st.lists(st.integers(-2, 2), min_size=clusters, max_size=clusters)
-    matrix = st.lists(row, min_size=rows, max_size=rows)
-    return {
-        f"logits of {name}": torch.tensor(draw(matrix), dtype=torch.float64, device=device)
-        for name in names
-    }
+def _disagreeing(check: Check, draw: st.DrawFn) -> Example:
+    view0, view1 = _balanced(check, draw).values()
+    return check.named(view0, view1.roll(draw(st.integers(1, view1.shape[1] - 1)), dims=1))
+
+
+def _at_angle(check: Check, draw: st.DrawFn) -> Example:
+    rows, columns = check.shape(draw)
+    half = draw(strategies.embeddings(rows=rows, features=columns // 2, kinds=["plain"]))
+    prediction = torch.zeros(rows, columns, dtype=torch.float64)
+    prediction[:, : half.shape[1]] = half
+    turned = _turned(prediction, 90 if check.invariant.name == "value_at_orthogonal" else 180)
+    return check.named(prediction, turned * draw(st.sampled_from(FACTORS)))
+
+
+def _alike(check: Check, draw: st.DrawFn) -> Example:
+    rows, clusters = check.shape(draw)
+    if check.looking.shapes is None and check.options.rows is not None:
+        rows = check.options.rows
+    kinds = check.invariant.assignments
+    view = draw(strategies.assignments(rows=rows, clusters=clusters, kinds=kinds))
+    return check.named(view.double())
+
+
+def _value_at(check: Check, loss: Loss, example: Example) -> str | None:
+    inputs, value, formula = check.inputs(example), check.options.value, check.options.formula
+    found = _value(loss, inputs)
+    if value is not None:
+        wanted = float(value(inputs[0].shape[1]) if callable(value) else value)
+    else:
+        wanted = float((formula or FORMULAS[check.kind])(*inputs))
+    if check.differs(found, wanted, "") is None:
+        return None
+    usual = "formula" if _views is check.invariant.draw else "value"
+    hint = _of_c2bin(check, usual) if value is None and formula is None else ""
+    return f"{_text(found)}, expected {_text(wanted)}{hint}"
+
+
+VALUE = {"value": None, "formula": None, **CLOSE}
+for _name, _kinds, _holds, _what, _draw, _fields in (
+    (
+        *(
+            "value_at_agreement",
+            ALL[1:],
+            "L(y, y) = value for balanced one-hot y; L(α z, z) = value",
+        ),
+        "hard balanced clusters, alike: log(1 + (K−1)e^(−1/τ)); parallel embeddings: 0",
+        *(_agreeing, {"embeddings": PLAIN, "options": {"rows_per_cluster": None, **VALUE}}),
+    ),
+    (
+        *("value_at_disagreement", ALL[1:2], "L(y, y with clusters in a cycle) = value"),
+        "hard balanced clusters, those of one view in a cycle: log(K − 1 + e^(1/τ))",
+        *(_disagreeing, {"options": {"rows_per_cluster": None, **VALUE}}),
+    ),
+    (
+        *("value_at_orthogonal", ALL[2:], "L(p, z) = value where p ⊥ z"),
+        *("orthogonal embeddings: 1", _at_angle, {"least": (1, 2), "most": (6, 6)}),
+    ),
+    (
+        *("value_at_opposite", ALL[2:], "L(p, −α p) = value for α > 0"),
+        *("opposite embeddings: 2", _at_angle, {"least": (1, 2), "most": (6, 6)}),
+    ),
+    (
+        *("value_at_balance", ALL[:1], "L(balanced one-hot) = value", "hard balanced clusters: 0"),
+        *(_balanced, {"options": {"rows_per_cluster": None, **VALUE}}),
+    ),
+    (
+        *("value_at_imbalance", ALL[:1], "L(P) = formula(P) for any shares of clusters"),
+        *("clusters with any shares ŝ: log K − H(ŝ)", _views, {"assignments": SOFT}),
+    ),
+    (
+        *("value_at_collapse", ALL[:2], "L(all in one cluster) = value"),
+        "A: log K; AA: (log(1 + (K−1)e^(−1/τ)) + (K−1) log K) / K",
+        *(_alike, {"assignments": ("collapsed",), "options": {"rows": None, **VALUE}}),
+    ),
+    (
+        *("value_at_uniform", ALL[:2], "L(1/K everywhere) = value", "A: 0; AA: log K", _alike),
+        {"assignments": ("uniform",), "options": {"rows": None, **VALUE}},
+    ),
+    (
+        *("value_in_general", ALL[1:], "L(x, y) = formula(x, y)"),
+        "any inputs: what the plain formula gives, Eq. 4 or 1",
+        *(_views, {"assignments": SOFT, "embeddings": PLAIN}),
+    ),
+):
+    _more: Any = {"options": VALUE, **_fields}
+    invariant(_kinds, _holds, name=_name, what=_what, draw=_draw, **_more)(_value_at)
+
+
+def _with_clusters(check: Check, draw: st.DrawFn) -> Example:
+    example = _views(check, draw)
+    order = draw(st.permutations(range(example["assignments"].shape[1])))
+    part = draw(st.sampled_from((0.5, 1.0, 0.25)))
+    return example | {"clusters": tuple(order[:2]), "part_of_gap": part}
+
+
+@invariant(ALL[:1], "L does not rise when mass moves to a lighter cluster", draw=_with_clusters)
+def monotone_entropy(check: Check, loss: Loss, example: Example) -> str | None:
+    """evening out the masses of two clusters never raises L"""
+    before, (heavier, lighter) = example["assignments"], example["clusters"]
+    mass = before.sum(dim=0)
+    if mass[heavier] < mass[lighter]:
+        heavier, lighter = lighter, heavier
+    gap = (mass[heavier] - mass[lighter]) * example["part_of_gap"]
+    # The floor is for two empty clusters, between which nothing moves.
+    moved = before[:, heavier] * (gap / mass[heavier].clamp_min(1e-300))
+    after = before.clone()
+    after[:, heavier] -= moved
+    after[:, lighter] += moved
+    old, new = _value(loss, [before]), _value(loss, [after])
+    if check.invariant.name == "monotone_entropy":
+        right = new <= old + check.slack(old)
+    else:
+        right = gap < 1e-3 or (new < old and not _same(new, old))
+    where = f"mass {gap:.6g} from column {heavier} to the lighter column {lighter}"
+    return None if right else f"moving {where} takes L from {_text(old)} to {_text(new)}"
+
+
+def _ever_farther(check: Check, draw: st.DrawFn) -> Example:
+    if check.kind == "assignment":
+        # All of the gap would turn both about.
+        return _with_clusters(check, draw) | {"part_of_gap": 0.25}
+    if check.kind == "assignment_pair":
+        labels, clusters = _labels(check, draw)
+        repeats = len(labels) // clusters
+        moved = draw(st.integers(0, repeats - 1))
+        place = torch.arange(len(labels)) % repeats
+        turned = [labels, *((labels + (place < m)) % clusters for m in (moved, moved + 1))]
+        views = [_one_hot(x, clusters) for x in turned]
+    else:
+        # Rows are orthogonal, also to what they turn to: the angle only changes the positives.
+        rows = draw(st.integers(2, 4).map(lambda n: max(n, check.looking.min_rows)))
+        rows, columns = (rows, 2 * rows) if check.looking.shapes is None else check.shape(draw)
+        first = _one_hot(torch.arange(rows) % (columns // 2), columns)
+        angles = draw(st.sampled_from(((0, 60), (60, 90), (90, 120), (120, 180))))
+        views = [first, *(_turned(first, angle) for angle in angles)]
+    first_name, name = check.names
+    return dict(zip((first_name, f"nearer {name}", f"farther {name}"), views, strict=True))
+
+
+@invariant(
+    ALL, "L rises where agreement falls, strictly", draw=_ever_farther, options={},
+    least=(1, 2), assignments=("ratios",),
+)  # fmt: skip
+def strictly_monotone(check: Check, loss: Loss, example: Example) -> str | None:
+    """L rises with the angle of embeddings and with each row of every cluster that hard views
+    disagree about; it falls with mass that moves to a lighter cluster"""
+    if check.kind == "assignment":
+        return monotone_entropy(check, loss, example)
+    first, *turned = example.values()
+    old, new = (_value(loss, [first, second]) for second in turned)
+    if new > old and not _same(new, old):
+        return None
+    return f"L is {_text(old)}, and with less agreement {_text(new)}, expected more"
+
+
+@invariant(ALL, "value and gradient are finite", options={"dtypes": strategies.DTYPES})
+def finite(check: Check, loss: Loss, example: Example) -> str | None:
+    """one-hot, uniform, collapsed, dead-cluster, near-one-hot, zero, huge, tiny inputs and n = 1"""
+    value, gradients = differentiate(loss, check.inputs(example))
+    if not torch.isfinite(value).all():
+        return f"value {value.item()}"
+    for name, gradient in zip(check.names, gradients, strict=True):
+        if gradient is not None and not torch.isfinite(gradient).all():
+            return f"gradient of `{name}` {show(gradient)}"
+    return None
+
+
+def _inside(check: Check, draw: st.DrawFn) -> Example:
+    if check.kind == "embedding_pair":
+        return _views(check, draw)
+    weights = strategies.matrix(*check.shape(draw), 1, 4)
+    views = [torch.tensor(draw(weights), dtype=torch.float64) for _ in check.names]
+    return check.named(*(x / x.sum(dim=1, keepdim=True) for x in views))
+
+
+@invariant(
+    ALL, "autograd = finite differences", draw=_inside, embeddings=PLAIN, most=(4, 4),
+    options={"of": None, "rtol": 1e-3, "atol": 1e-5},
+)  # fmt: skip
+def gradient(check: Check, loss: Loss, example: Example) -> str | None:
+    """of all inputs but the target, or of those that `of` names; rows keep their sum"""
+    inputs = check.inputs(example)
+    found = _wrong_gradient(check, loss, inputs)
+    # Ties of small integers sit on the kinks of a max or a hinge, where there is no gradient to
+    # compare with. A wrong gradient is as wrong a little further on.
+    beside = [_moved(check, x, _direction(x, 7 + i), 0.03) for i, x in enumerate(inputs)]
+    return found and _wrong_gradient(check, loss, beside) and found
+
+
+def _wrong_gradient(check: Check, loss: Loss, inputs: list[Tensor]) -> str | None:
+    _, gradients = differentiate(loss, inputs)
+    usual = check.names[:1] if check.kind == "embedding_pair" else check.names
+    for place in map(check.names.index, check.options.of or usual):
+        view, slopes, name = inputs[place], gradients[place], check.names[place]
+        for direction in (_direction(view, seed) for seed in (0, 1)):
+            terms = _moved(check, view, direction, 1) - view
+            terms = terms * (0 if slopes is None else slopes)
+            slope, scale = terms.sum().item(), terms.abs().sum().item()
+            # A loss that computes in float32 needs the second step: the first is in its noise.
+            for step in (1e-3, 3e-2):
+                ends = (_moved(check, view, direction, step * x) for x in (1, -1, 0.5, -0.5))
+                a, b, c, d = (_value(loss, _with(inputs, place, end)) for end in ends)
+                wide, narrow = (a - b) / (2 * step), (c - d) / step
+                numeric = (4 * narrow - wide) / 3
+                size = max(scale, abs(numeric))
+                unsure = check.options.atol + check.options.rtol * size + abs(narrow - wide)
+                if abs(numeric - slope) <= unsure:
+                    break
+            else:
+                if slopes is None or not slopes.any():
+                    return f"no gradient reaches `{name}`, and L changes with it"
+                found = f"{_text(slope)} along a direction, by finite differences {_text(numeric)}"
+                return f"gradient of `{name}`: {found}"
+    return None
+
+
+@invariant(ALL[2:], "dL/d target = 0", embeddings=PLAIN, options={})
+def no_gradient_to_target(check: Check, loss: Loss, example: Example) -> str | None:
+    """targets never get a gradient"""
+    _, (_, slopes) = differentiate(loss, check.inputs(example))
+    # Where the gradient vanishes anyhow, its rounding error would make a poor example.
+    if slopes is None or slopes.abs().max() <= 1e-9:
+        return None
+    return f"gradient of `target` {show(slopes)}"
+
+
+@invariant(
+    ALL, "0-dim, float32 at least, float64 stays", options={"dtypes": strategies.DTYPES},
+    assignments=ORDINARY, embeddings=("plain",),
+)  # fmt: skip
+def dtype(check: Check, loss: Loss, example: Example) -> str | None:
+    """L is 0-dim; float64 for float64 inputs, float32 for all others"""
+    value, wide = (
+        evaluate(loss, check.inputs(example)),
+        torch.promote_types(check.dtype, torch.float),
+    )
+    right = value.ndim == 0 and value.dtype is wide
+    return None if right else f"shape {tuple(value.shape)}, {value.dtype}, expected (), {wide}"
+
+
+@invariant(
+    ALL, "L in lower precision = L in float32", assignments=SOFT, embeddings=PLAIN,
+    options={"dtypes": strategies.DTYPES[2:], "autocast": True, "rtol": 1e-4, "atol": 1e-4},
+)  # fmt: skip
+def lower_precision(check: Check, loss: Loss, example: Example) -> str | None:
+    """half inputs, and float32 ones under autocast to bfloat16, give what float32 gives"""
+    inputs = check.inputs(example)
+    wide, how = _value(loss, [x.float() for x in inputs]), f"in {check.dtype}"
+    if check.dtype is not torch.float32:
+        return check.differs(_value(loss, inputs), wide, how)
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
+        return check.differs(_value(loss, inputs), wide, "under autocast to bfloat16")
+
+
+def _sharded(check: Check, draw: st.DrawFn) -> Example:
+    example = _views(check, draw)
+    return example | {"shards": draw(strategies.shards(len(example[check.names[0]])))}
+
+
+@invariant(
+    ALL, "T(whole) = Σ_r T(shard r)", draw=_sharded, of_losses=False, assignments=ORDINARY,
+    embeddings=(*PLAIN, "zero_row"), options={"loss": None, "from_sums": None, **CLOSE},
+)  # fmt: skip
+def additive_over_shards(check: Check, statistic: Any, example: Example) -> str | None:
+    """of a statistic T; with both options, L(P) = from_sums(Σ_r T(P_r)) and gradients agree"""
+    inputs, sizes, close = check.inputs(example), example["shards"], check.options
+    if (close.loss is None) != (close.from_sums is None):
+        raise ValueError("loss, from_sums: expected both or neither")
+
+    def summed(views: Sequence[Tensor], sizes: Sequence[int]) -> Any:
+        parts = zip(*(torch.split(x, list(sizes)) for x in views), strict=True)
+        found = [statistic(*part) for part in parts]
+        if isinstance(found[0], Tensor):
+            return sum(found[1:], found[0])
+        return tuple(sum(same[1:], same[0]) for same in zip(*found, strict=True))
+
+    def apart(want: Tensor, have: Tensor) -> bool:
+        return not torch.allclose(have, want, rtol=close.rtol, atol=close.atol)
+
+    with calling():
+        sums = [summed([x.clone() for x in inputs], s) for s in ([len(inputs[0])], sizes)]
+    for want, have in zip(*([x] if isinstance(x, Tensor) else x for x in sums), strict=True):
+        if apart(want, have):
+            return f"sum over shards {show(have)}, whole {show(want)}"
+    if close.loss is None:
+        return None
+    value, slopes = differentiate(close.loss, inputs)
+    again, others = differentiate(lambda *views: close.from_sums(summed(views, sizes)), inputs)
+    if found := check.differs(again.item(), value.item(), "from sums over shards"):
+        return found
+    for name, tensor, *both in zip(check.names, inputs, slopes, others, strict=True):
+        want, have = (torch.zeros_like(tensor) if x is None else x for x in both)
+        if apart(want, have):
+            return f"gradient of `{name}` from sums {show(have)}, whole {show(want)}"
+    return None
+
+
+def _value(loss: Loss, inputs: Sequence[Tensor]) -> float:
+    return evaluate(loss, inputs).item()
+
+
+def _of_c2bin(check: Check, option: str) -> str:
+    if getattr(check.options, option) is not None:
+        return ""
+    option = f"options={{{check.invariant.name!r}: {{{option!r}: ...}}}}"
+    return f" (C2BIN's default; {option} expects another)"
+
+
+def _text(number: float) -> str:
+    return f"{number + 0.0:.9g}"  # adding 0 turns -0 into 0
+
+
+def _same(new: float, old: float) -> bool:
+    return abs(new - old) <= ROUNDING * max(1.0, abs(old))
+
+
+def _with(inputs: Sequence[Tensor], place: int, view: Tensor) -> list[Tensor]:
+    return [*inputs[:place], view, *inputs[place + 1 :]]
+
+
+def _one_hot(labels: Tensor, clusters: int) -> Tensor:
+    return torch.eye(clusters, dtype=torch.float64)[labels]
+
+
+def _turned(view: Tensor, degrees: float) -> Tensor:
+    """Turn rows, whose right half is zero, by an angle; exactly where its cosine or sine is 0."""
+    cosine, sine = (round(f(math.radians(degrees)), 15) for f in (math.cos, math.sin))
+    return cosine * view + sine * view.roll(view.shape[1] // 2, dims=1)
+
+
+def _moved(check: Check, view: Tensor, direction: Tensor, step: float) -> Tensor:
+    if check.kind == "embedding_pair":
+        return view + step * direction
+    # As through a softmax: rows still sum to 1.
+    return view * (1 + step * (direction - (view * direction).sum(dim=1, keepdim=True)))
+
+
+def _direction(view: Tensor, seed: int) -> Tensor:
+    steps = torch.arange(1, view.numel() + 1, dtype=view.dtype, device=view.device)
+    return (steps * (37 + seed)).sin().reshape(view.shape)

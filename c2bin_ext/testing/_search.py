@@ -1,16 +1,17 @@
-"""The search for a counterexample, and how it is reported."""
+"""The search for a counterexample, and how one is reported."""
 
 from __future__ import annotations
 
-import tempfile
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import torch
-from hypothesis import HealthCheck, Phase, Verbosity, configuration, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from torch import Tensor, nn
@@ -19,7 +20,20 @@ Loss: TypeAlias = Callable[..., Tensor]
 Example: TypeAlias = dict[str, Any]
 
 
-class InvariantError(AssertionError):
+class _Counterexample(Exception):  # noqa: N818
+    def __init__(
+        self, invariant: str, formula: str, loss: str, problem: str, example: Mapping[str, object]
+    ) -> None:
+        self.invariant, self.formula, self.loss = invariant, formula, loss
+        self.problem, self.example = problem, example
+        # The cause is in the first line, the only one that a summary of pytest has.
+        lines = [f"{invariant}: {problem}", f"  loss: {loss}", f"  should hold: {formula}"]
+        lines += ["  smallest example:"]
+        lines += [f"    {name} = {show(value)}" for name, value in example.items()]
+        super().__init__("\n".join(lines))
+
+
+class InvariantError(_Counterexample, AssertionError):
     """An invariant that a loss does not keep.
 
     Args:
@@ -30,18 +44,9 @@ class InvariantError(AssertionError):
         example: the inputs by name, the smallest that hypothesis found.
     """
 
-    def __init__(
-        self, invariant: str, formula: str, loss: str, problem: str, example: Example
-    ) -> None:
-        self.invariant, self.formula, self.loss = invariant, formula, loss
-        self.problem, self.example = problem, example
-        super().__init__(
-            f"{invariant} does not hold for {loss}\n" + _body(formula, problem, example)
-        )
 
-
-class LossRaisedError(RuntimeError):
-    """A loss that raised instead of returning a scalar; the exception is its `__cause__`.
+class LossRaisedError(_Counterexample, RuntimeError):
+    """A loss that raised, or returned no scalar tensor; the exception is its `__cause__`.
 
     Args:
         invariant: name of the invariant that was being checked.
@@ -51,14 +56,9 @@ class LossRaisedError(RuntimeError):
         example: the inputs by name, the smallest that hypothesis found.
     """
 
-    def __init__(
-        self, invariant: str, formula: str, loss: str, problem: str, example: Example
-    ) -> None:
-        self.invariant, self.formula, self.loss = invariant, formula, loss
-        self.problem, self.example = problem, example
-        super().__init__(
-            f"{loss} raised while {invariant} was checked\n" + _body(formula, problem, example)
-        )
+
+for _error in (InvariantError, LossRaisedError):
+    _error.__module__ = "c2bin_ext.testing"  # where users import it, and short in a summary
 
 
 class _Falsified(Exception):  # noqa: N818
@@ -71,10 +71,14 @@ class _Raised(Exception):  # noqa: N818
         self.error, self.example = error, Example()
 
 
+class _NoScalarError(TypeError):
+    pass
+
+
 def search(
     invariant: str,
     formula: str,
-    loss: Callable[..., object],
+    loss: Callable[..., object] | str,
     examples: st.SearchStrategy[Example],
     problem: Callable[[Example], str | None],
     *,
@@ -89,7 +93,7 @@ def search(
     Args:
         invariant: name for the report.
         formula: what should hold, for the report.
-        loss: what is checked; read for its name alone.
+        loss: what is checked, or its name.
         examples: strategy of dicts from the names of inputs to their values.
         problem: says what is wrong with an example, None where nothing is. It must not change it.
         max_examples: how many examples to try before shrinking.
@@ -111,14 +115,15 @@ def search(
         >>> search("hard", "max P = 1", max, examples, hard)
         Traceback (most recent call last):
         ...
-        c2bin_ext.testing._search.InvariantError: hard does not hold for max
+        c2bin_ext.testing.InvariantError: hard: no entry is 1
+          loss: max
           should hold: max P = 1
-          found: no entry is 1
           smallest example:
             view = torch.tensor([[1/2, 1/2], [1/2, 1/2]])
 
     Source: hypothesis, MacIver et al., "Hypothesis: A new approach to property-based testing".
     """
+    __tracebackhide__ = True
     last: list[Example] = []
 
     def holds(example: Example) -> None:
@@ -142,28 +147,31 @@ def search(
         verbosity=Verbosity.quiet,
         phases=(Phase.generate, Phase.shrink),
     )
-    name = name_of(loss)
-    with _no_litter():
+    cause: Exception | None = None
+    with _no_constants():
         try:
             configured(given(examples)(holds))()
         except _Falsified as failure:
-            found, example, cause = failure.problem, failure.example, None
+            found, example = failure.problem, failure.example
         except _Raised as raised:
             cause, example = raised.error, raised.example
-            found = f"{type(cause).__name__}: {cause}"
+            found = " ".join(str(cause).split())
+            if not isinstance(cause, _NoScalarError):
+                found = f"the loss raised {type(cause).__name__}: {found}"
         except Flaky:
-            found, example, cause = "a problem at one call and none at the next", last[0], None
+            found, example = "a problem at one call and none at the next", last[0]
         else:
             return
     # Outside the handlers, so that hypothesis' frames are not part of the traceback.
     if cause is not None:
-        raise LossRaisedError(invariant, formula, name, found, example) from cause
-    raise InvariantError(invariant, formula, name, found, example)
+        raise LossRaisedError(invariant, formula, name_of(loss), found, example) from cause
+    raise InvariantError(invariant, formula, name_of(loss), found, example)
 
 
 @contextmanager
 def calling() -> Iterator[None]:
     """Mark a call of the loss under test: its exceptions are not those of the check."""
+    __tracebackhide__ = True
     try:
         yield
     except Exception as error:
@@ -194,12 +202,14 @@ def evaluate(loss: Loss, inputs: Sequence[Tensor]) -> Tensor:
 
     Source: the page on the testing kit.
     """
+    __tracebackhide__ = True
     with calling():
         return _scalar(loss(*(tensor.detach().clone() for tensor in inputs)))
 
 
 def differentiate(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """Return the loss and its gradient for each input, None where it does not depend on one."""
+    __tracebackhide__ = True
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     with calling():
         value = _scalar(loss(*leaves))
@@ -208,8 +218,10 @@ def differentiate(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Te
         return value.detach(), list(torch.autograd.grad(value.sum(), leaves, allow_unused=True))
 
 
-def name_of(loss: Callable[..., object]) -> str:
+def name_of(loss: Callable[..., object] | str) -> str:
     """Return how to call a loss in a message: short, and with the line for a lambda."""
+    if isinstance(loss, str):
+        return loss
     if isinstance(loss, nn.Module):
         text = " ".join(repr(loss).split())
         return text if len(text) <= 160 else f"{type(loss).__name__}(...)"
@@ -221,32 +233,28 @@ def name_of(loss: Callable[..., object]) -> str:
 
 
 def _scalar(value: object) -> Tensor:
+    what = "expected the loss to return a scalar tensor"
     if not isinstance(value, Tensor):
-        raise TypeError(f"expected the loss to return a scalar tensor, got {type(value).__name__}")
+        raise _NoScalarError(f"{what}, got {type(value).__name__}")
     if value.numel() != 1:
-        raise ValueError(
-            f"expected the loss to return a scalar tensor, got shape {tuple(value.shape)}"
-        )
+        raise _NoScalarError(f"{what}, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise _NoScalarError(f"{what} of floating point, got {value.dtype}")
     return value
 
 
-@contextmanager
-def _no_litter() -> Iterator[None]:
-    # Without a database hypothesis still caches the constants of the modules it has seen, in
-    # .hypothesis of the working directory.
-    before = getattr(configuration, "__hypothesis_home_directory", None)
-    with tempfile.TemporaryDirectory(prefix="c2bin-testing-") as folder:
-        configuration.set_hypothesis_home_dir(folder)
-        try:
-            yield
-        finally:
-            configuration.set_hypothesis_home_dir(before)
-
-
-def _body(formula: str, problem: str, example: Mapping[str, object]) -> str:
-    lines = [f"  should hold: {formula}", f"  found: {problem}", "  smallest example:"]
-    lines += [f"    {name} = {show(value)}" for name, value in example.items()]
-    return "\n".join(lines)
+def _no_constants() -> AbstractContextManager[object]:
+    # Hypothesis mixes constants of the modules that happen to be loaded into what it draws, and
+    # caches them in the working directory. Examples must not depend on what else is imported.
+    providers = sys.modules.get("hypothesis.internal.conjecture.providers")
+    if providers is None or not hasattr(providers, "_get_local_constants"):
+        return nullcontext()
+    cache, none = providers.CONSTANTS_CACHE, providers.Constants()
+    return patch.multiple(
+        providers,
+        _get_local_constants=lambda: none,
+        CONSTANTS_CACHE=type(cache)(cache.max_size),
+    )
 
 
 def show(value: object) -> str:

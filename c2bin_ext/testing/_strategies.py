@@ -332,9 +332,10 @@ def dtypes(*, only: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[torch.d
     return st.sampled_from(tuple(only))
 
 
-def _matrix(draw: st.DrawFn, rows: int, columns: int, low: int, high: int) -> list[list[int]]:
+def matrix(rows: int, columns: int, low: int, high: int) -> st.SearchStrategy[list[list[int]]]:
+    """Return the strategy of the integers that everything else is made of."""
     row = st.lists(st.integers(low, high), min_size=columns, max_size=columns)
-    return draw(st.lists(row, min_size=rows, max_size=rows))
+    return st.lists(row, min_size=rows, max_size=rows)
 
 
 def _nonzero(matrix: list[list[int]]) -> Tensor:
@@ -361,9 +362,9 @@ def _assignments(draw: st.DrawFn, n: int, k: int, kinds: tuple[str, ...]) -> Ten
         epsilon = draw(st.sampled_from(_EPSILONS))
         return hard * (1 - k * epsilon) + epsilon
     if kind == "softmax":
-        logits = torch.tensor(_matrix(draw, n, k, -3, 3), dtype=torch.float64)
+        logits = torch.tensor(draw(matrix(n, k, -3, 3)), dtype=torch.float64)
         return (logits * draw(st.sampled_from(_SHARPNESSES))).softmax(dim=1)
-    weights = _matrix(draw, 1 if kind == "constant" else n, k, 0, 4)
+    weights = draw(matrix(1 if kind == "constant" else n, k, 0, 4))
     if kind == "dead_cluster":
         dead = draw(label)
         for row in weights:
@@ -381,7 +382,7 @@ def _embeddings(
     kind = draw(st.sampled_from(kinds))
     if kind == "zero":
         return torch.zeros(n, d, dtype=dtype)
-    values = _nonzero(_matrix(draw, 1 if kind == "constant" else n, d, -4, 4)).expand(n, d).clone()
+    values = _nonzero(draw(matrix(1 if kind == "constant" else n, d, -4, 4))).expand(n, d).clone()
     huge, tiny = (2.0**12, 2.0**-14) if dtype is torch.float16 else (1e30, 1e-30)
     if kind == "zero_row":
         values[draw(st.integers(0, n - 1))] = 0
