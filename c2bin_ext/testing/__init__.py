@@ -3,21 +3,11 @@
 Needs the extra `testing` (hypothesis): `pip install "c2bin-ext[testing]"`. `import c2bin_ext` alone
 never imports this module.
 
-Three forms of losses are served, named by `kind`:
-
-| kind | called as |
-| --- | --- |
-| `"assignment"` | `loss(assignments)`, (n, K), rows sum to 1 |
-| `"assignment_pair"` | `loss(assignments0, assignments1)`, one matrix per view |
-| `"embedding_pair"` | `loss(prediction, target)`, (n, d) |
-
-A loss is any callable that returns a scalar tensor: a function, an `nn.Module`, a compiled one, a
-lambda around another library's. `check_invariants` runs every invariant of a kind and reports
-those that do not hold; `check_` and a name, such as `check_view_swap(loss, kind, **options)`, is
-one of them.
+A loss is any callable that returns a scalar tensor, of one of three kinds: `"assignment"`,
+`loss(assignments)`, (n, K) with rows that sum to 1; `"assignment_pair"`, `loss(assignments0,
+assignments1)`; `"embedding_pair"`, `loss(prediction, target)`, (n, d). `check_invariants` checks
+all invariants of a kind, and `check_<name>(loss, kind, **options)` one of them.
 """
-
-from collections.abc import Callable
 
 try:
     import hypothesis  # noqa: F401
@@ -27,6 +17,7 @@ except ImportError as error:
     ) from error
 
 from c2bin_ext.testing import presets
+from c2bin_ext.testing._invariants import REGISTRY, Invariant
 from c2bin_ext.testing._search import InvariantError, LossRaisedError, evaluate, search
 from c2bin_ext.testing._strategies import (
     ASSIGNMENT_KINDS,
@@ -43,7 +34,6 @@ from c2bin_ext.testing._suite import (
     InvariantsError,
     Report,
     check_invariants,
-    check_one,
     invariants,
     parametrize_with_invariants,
 )
@@ -71,5 +61,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Callable[..., None]:
-    return check_one(name)
+def __getattr__(name: str) -> Invariant:
+    if name.startswith("check_") and name.removeprefix("check_") in REGISTRY:
+        return REGISTRY[name.removeprefix("check_")]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""The invariants, one function each: what is a problem of an example, beside how it is drawn.
+"""The invariants, one function each: it draws an example and says what is wrong with it.
 
-A docstring is a line of the docs' table, and `options` are what users may set. Inputs are float64
-unless an invariant is about dtypes, so that tolerances are tight.
+A docstring is the invariant's line in the docs' table. Inputs are float64 unless an invariant is
+about dtypes, so that tolerances are tight.
 """
 
 from __future__ import annotations
@@ -10,40 +10,28 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, TypeAlias
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 
 from c2bin_ext.testing import _strategies as strategies
-from c2bin_ext.testing._search import Example, Loss, calling, differentiate, evaluate, search, show
+from c2bin_ext.testing._search import Loss, calling, differentiate, evaluate, search, show
 from c2bin_ext.testing.presets import alignment, balance, contrast
 
 Kind: TypeAlias = Literal["assignment", "assignment_pair", "embedding_pair"]
-Shape: TypeAlias = tuple[int, int]
-Draw: TypeAlias = Callable[["Check", st.DrawFn], Example]
-Problem: TypeAlias = Callable[["Check", Loss, Example], "str | None"]
-
+Problem: TypeAlias = "str | None"
 NAMES: dict[str, tuple[str, ...]] = {
     "assignment": ("assignments",),
     "assignment_pair": ("assignments0", "assignments1"),
     "embedding_pair": ("prediction", "target"),
 }
 ALL = tuple(NAMES)
-# Entries whose squares do not vanish in float32: on either side of where a loss takes a norm for
-# zero it may change with the scale, and neither is wrong.
-ORDINARY = ("one_hot", "ratios", "uniform", "collapsed", "constant", "dead_cluster")
-SOFT, PLAIN = (*ORDINARY, "softmax"), ("plain", "constant")
-FACTORS = (1.0, 2.0, 0.5, 100.0, 0.01)
-ROUNDING = 1e-12  # of float64 sums in another order
-FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "assignment": balance,
-    "assignment_pair": contrast,
-    "embedding_pair": alignment,
-}
+FORMULAS: dict[str, Any] = dict(zip(ALL, (balance, contrast, alignment), strict=True))
 BOUNDS: dict[str, tuple[Any, Any]] = {
     "assignment": (0.0, math.log),
     # Cosines of columns lie in [0, 1], and 1/τ = 2.
@@ -53,622 +41,531 @@ BOUNDS: dict[str, tuple[Any, Any]] = {
     ),
     "embedding_pair": (0.0, 2.0),
 }
+# Entries whose squares do not vanish in float32: on either side of where a loss takes a norm for
+# zero it may change with the scale, and neither is wrong.
+ORDINARY = ("one_hot", "ratios", "uniform", "collapsed", "constant", "dead_cluster", "plain")
+EVERYTHING = (*strategies.ASSIGNMENT_KINDS, *strategies.EMBEDDING_KINDS)
+FACTORS = st.sampled_from((1.0, 2.0, 0.5, 100.0, 0.01))
+ROUNDING = 1e-12  # of float64 sums in another order
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@dataclass(frozen=True)
-class Search:
-    """How long to look for a counterexample, and among which inputs."""
-
-    max_examples: int = 50
-    derandomize: bool = True
-    shapes: Sequence[Shape] | None = None
-    device: str | torch.device = "cpu"
-    min_rows: int = 1
+VALUE: dict[str, Any] = {"value": None, "formula": None, **CLOSE}
 
 
 @dataclass(frozen=True)
 class Invariant:
-    """What losses of some kinds keep: how to draw an example, and what is a problem of it."""
+    """What losses of some kinds keep: a trial draws an example and says what is wrong with it."""
 
     name: str
     kinds: tuple[str, ...]
-    what: str
     holds: str
-    problem: Problem
-    draw: Draw
+    what: str
+    trial: Callable[[Trial], Problem]
     options: Mapping[str, Any]
-    assignments: tuple[str, ...] = strategies.ASSIGNMENT_KINDS
-    embeddings: tuple[str, ...] = strategies.EMBEDDING_KINDS
-    least: Shape = (1, 1)  # n and K or d, below which nothing is to be seen
-    most: Shape = (6, 5)
-    of_losses: bool = True
+
+    def __call__(self, loss: Loss, kind: str = "", **given: Any) -> None:
+        """Check a loss, in every dtype; `given` holds options and how and where to look."""
+        __tracebackhide__ = True
+        kind = kind or (ALL[1] if ALL[1] in self.kinds and self.name != SHARDS else self.kinds[0])
+        looking = {k: given.pop(k) for k in ("max_examples", "derandomize") if k in given}
+        where = {k: given.pop(k) for k in ("shapes", "device", "min_rows") if k in given}
+        self.refuse(kind, given)
+        options = SimpleNamespace(**{**self.options, **given})
+        dtypes = [*getattr(options, "dtypes", [torch.float64])]
+        for dtype in dtypes + [torch.float32] * getattr(options, "autocast", False):
+            trials = _trials(self, loss, kind, options, dtype, **where)
+            try:
+                search(self.name, self.holds, loss, trials, self.trial, **looking)
+            except Unsatisfiable:  # no shape that was named says anything
+                return
+
+    def refuse(self, kind: str, options: Mapping[str, Any]) -> None:
+        """Raise where the kind or an option does not exist."""
+        if kind not in self.kinds:
+            raise ValueError(f"kind: {self.name} expected one of {self.kinds}, got {kind!r}")
+        if unknown := sorted(set(options) - set(self.options)):
+            known = tuple(self.options)
+            raise ValueError(f"options: {self.name} expected some of {known}, got {unknown}")
 
 
 REGISTRY: dict[str, Invariant] = {}
+SHARDS = "additive_over_shards"  # of a statistic rather than a loss
 
 
-class Check:
-    """An invariant for one kind of loss, with its options and the search."""
+@dataclass(eq=False)
+class Trial(dict[str, Any]):
+    """One example of one invariant: it holds by name what is drawn, for the message."""
 
-    def __init__(self, invariant: Invariant, kind: str, looking: Search, **options: Any) -> None:
-        name, known = invariant.name, tuple(invariant.options)
-        if kind not in invariant.kinds:
-            raise ValueError(f"kind: expected one of {invariant.kinds} for {name}, got {kind!r}")
-        if unknown := sorted(set(options) - set(known)):
-            raise ValueError(f"options of {name}: expected some of {known}, got {unknown}")
-        self.invariant, self.kind, self.looking, self.names = invariant, kind, looking, NAMES[kind]
-        self.options = SimpleNamespace(**{**invariant.options, **options})
-        columns = max(invariant.least[1], 1 if kind == "embedding_pair" else 2)
-        self.least = max(invariant.least[0], looking.min_rows), columns
+    sample: Callable[[st.SearchStrategy[Any]], Any]
+    invariant: Invariant
+    loss: Loss
+    kind: str
+    options: SimpleNamespace
+    dtype: torch.dtype
+    shapes: Sequence[tuple[int, int]] | None = None
+    device: str | torch.device = "cpu"
+    min_rows: int = 1
 
-    def __call__(self, loss: Loss) -> None:
-        """Search in every dtype, each with all the extremes."""
-        __tracebackhide__ = True
-        looking, of = self.looking, self.invariant
-        if looking.shapes is not None and not self.shapes():
-            return
-        dtypes = getattr(self.options, "dtypes", [torch.float64])
-        for dtype in [*dtypes, *[torch.float32] * getattr(self.options, "autocast", False)]:
-            self.dtype = dtype
-            search(
-                *(of.name, of.holds, loss, _examples(self), partial(of.problem, self, loss)),
-                max_examples=looking.max_examples,
-                derandomize=looking.derandomize,
-            )
+    def __post_init__(self) -> None:
+        self.names, self.embedded = NAMES[self.kind], self.kind == "embedding_pair"
 
-    def shapes(self) -> list[Shape]:
-        """Return the shapes that users named in which something is to be seen."""
-        return [s for s in self.looking.shapes or () if min(map(int.__sub__, s, self.least)) >= 0]
+    def draw(self, name: str, strategy: st.SearchStrategy[Any]) -> Any:
+        self[name] = self.sample(strategy)
+        return self[name]
 
-    def shape(self, draw: st.DrawFn) -> Shape:
-        """Draw rows and columns."""
-        if self.looking.shapes is not None:
-            return draw(st.sampled_from(self.shapes()))
-        (rows, columns), most = self.least, self.invariant.most
-        return draw(st.integers(rows, max(rows, most[0]))), draw(st.integers(columns, most[1]))
+    def inputs(self, *views: Tensor) -> list[Tensor]:
+        """Take views for the inputs of the loss; one is repeated for a pair."""
+        views = views if len(views) > 1 else views * len(self.names)
+        self |= {n: x.clone().to(self.device) for n, x in zip(self.names, views, strict=True)}
+        return [self[name] for name in self.names]
 
-    def named(self, *views: Tensor) -> Example:
-        """Name the inputs of the loss; one view is repeated for a pair."""
-        views = views if len(views) > 1 else tuple(views[0].clone() for _ in self.names)
-        return dict(zip(self.names, views, strict=True))
+    def shape(self, rows: int = 1, columns: int = 1, most: tuple[int, int] = (6, 5)) -> Any:
+        rows, columns = max(rows, self.min_rows), max(columns, 1 if self.embedded else 2)
+        if self.shapes is not None:
+            shape = self.sample(st.sampled_from(list(self.shapes)))
+            assume(shape[0] >= rows and shape[1] >= columns)
+            return shape
+        numbers = st.integers(rows, max(rows, most[0])), st.integers(columns, most[1])
+        return self.sample(st.tuples(*numbers))
 
-    def inputs(self, example: Example) -> list[Tensor]:
-        """Return the inputs of the loss in an example."""
-        return [example[name] for name in self.names]
+    def views(self, kinds: Sequence[str] = ORDINARY, most: tuple[int, int] = (6, 5)) -> Any:
+        rows, columns = self.shape(most=most)
+        known = strategies.EMBEDDING_KINDS if self.embedded else strategies.ASSIGNMENT_KINDS
+        size = {"features" if self.embedded else "clusters": columns}
+        pair = strategies.paired_embeddings if self.embedded else strategies.paired_assignments
+        strategy: Any = strategies.assignments if self.kind == ALL[0] else pair
+        kinds = [kind for kind in known if kind in kinds]
+        views = self.sample(strategy(rows=rows, kinds=kinds, dtype=self.dtype, **size))
+        return self.inputs(*([views] if isinstance(views, Tensor) else views))
+
+    def value(self, views: Sequence[Tensor]) -> float:
+        return evaluate(self.loss, views).item()
 
     def slack(self, expected: float) -> float:
-        """Return how far off a value may be."""
         small: float = self.options.atol + self.options.rtol * abs(expected)
         return small if math.isfinite(expected) else 0.0
 
-    def differs(self, found: float, expected: float, how: str) -> str | None:
-        """Say that two values differ. Equality is first, for infinities; NaN fails both."""
-        if found == expected or abs(found - expected) <= self.slack(expected):
-            return None
-        return f"{_text(expected)}, and {how} {_text(found)}"
+    def differ(self, found: float, expected: float) -> bool:
+        # Equality first, for infinities. NaN fails both.
+        return not (found == expected or abs(found - expected) <= self.slack(expected))
+
+    def changes(self, views: Sequence[Tensor], changed: Sequence[Tensor], how: str) -> Problem:
+        old, new = self.value(views), self.value(changed)
+        return f"{_text(old)}, and {how} {_text(new)}" if self.differ(new, old) else None
+
+    def misses(self, *drawn: Tensor) -> Problem:
+        """Say that a value is not that of an option, or of C2BIN's formula."""
+        views, value, formula = self.inputs(*drawn), self.options.value, self.options.formula
+        if callable(value):
+            value = value(views[0].shape[1])
+        wanted = float((formula or FORMULAS[self.kind])(*views) if value is None else value)
+        found = self.value(views)
+        hint = self.hint("value") if formula is None and value is None else ""
+        return (
+            f"{_text(found)}, expected {_text(wanted)}{hint}"
+            if self.differ(found, wanted)
+            else None
+        )
+
+    def hint(self, option: str) -> str:
+        how = f"options={{{self.invariant.name!r}: {{{option!r}: ...}}}}"
+        return f" (C2BIN's default; {how} expects another)"
 
 
 @st.composite
-def _examples(draw: st.DrawFn, check: Check) -> Example:
-    drawn, device = check.invariant.draw(check, draw), check.looking.device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in drawn.items()}
+def _trials(draw: st.DrawFn, *fields: Any, **where: Any) -> Trial:
+    return Trial(draw, *fields, **where)
 
 
-def _views(check: Check, draw: st.DrawFn) -> Example:
-    rows, columns = check.shape(draw)
-    if check.kind == "embedding_pair":
-        strategy: Any = partial(strategies.paired_embeddings, features=columns)
-    elif check.kind == "assignment_pair":
-        strategy = partial(strategies.paired_assignments, clusters=columns)
-    else:
-        strategy = partial(strategies.assignments, clusters=columns)
-    of = check.invariant
-    kinds = of.embeddings if check.kind == "embedding_pair" else of.assignments
-    views = draw(strategy(rows=rows, kinds=kinds, dtype=check.dtype))
-    return check.named(*([views] if isinstance(views, Tensor) else views))
+def invariant(kinds: tuple[str, ...], holds: str, **options: Any) -> Callable[[Any], Any]:
+    """Register a trial as an invariant, under its name."""
 
-
-def invariant(
-    kinds: tuple[str, ...],
-    holds: str,
-    *,
-    draw: Draw = _views,
-    name: str = "",
-    what: str = "",
-    options: Mapping[str, Any] = CLOSE,
-    **fields: Any,
-) -> Callable[[Problem], Problem]:
-    """Register a function as an invariant: what is wrong with an example, None where nothing is."""
-
-    def register(problem: Problem) -> Problem:
-        named = name or problem.__name__
-        text = " ".join((what or problem.__doc__ or "").split())
-        REGISTRY[named] = Invariant(named, kinds, text, holds, problem, draw, options, **fields)
-        return problem
+    def register(trial: Callable[[Trial], Problem]) -> Callable[[Trial], Problem]:
+        name, what = trial.__name__, " ".join((trial.__doc__ or "").split())
+        REGISTRY[name] = Invariant(name, kinds, holds, what, trial, options)
+        return trial
 
     return register
 
 
-def _permuted(check: Check, draw: st.DrawFn) -> Example:
-    example = _views(check, draw)
-    rows, columns = example[check.names[0]].shape
-    size = rows if check.invariant.name == "instance_permutation" else columns
-    return example | {"permutation": draw(st.permutations(range(size)))}
-
-
-@invariant(ALL, "L(rows in any order) = L(rows)", draw=_permuted)
-def instance_permutation(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL, "L(rows in any order) = L(rows)", **CLOSE)
+def instance_permutation(it: Trial) -> Problem:
     """the order of the instances does not matter, the same in both views"""
-    inputs, order = check.inputs(example), example["permutation"]
-    found, expected = _value(loss, [x[order] for x in inputs]), _value(loss, inputs)
-    return check.differs(found, expected, "with rows in another order")
+    views = it.views(EVERYTHING)
+    order = it.draw("permutation", st.permutations(range(len(views[0]))))
+    return it.changes(views, [x[order] for x in views], "with rows in another order")
 
 
-@invariant(ALL[:2], "L(columns in any order) = L(columns)", draw=_permuted)
-def cluster_relabelling(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL[:2], "L(columns in any order) = L(columns)", **CLOSE)
+def cluster_relabelling(it: Trial) -> Problem:
     """the order of the clusters does not matter, the same in both views"""
-    inputs, order = check.inputs(example), example["permutation"]
-    found, expected = _value(loss, [x[:, order] for x in inputs]), _value(loss, inputs)
-    return check.differs(found, expected, "with columns in another order")
+    views = it.views(EVERYTHING)
+    order = it.draw("permutation", st.permutations(range(views[0].shape[1])))
+    return it.changes(views, [x[:, order] for x in views], "with columns in another order")
 
 
-@invariant(ALL[1:], "L(view 0, view 1) = L(view 1, view 0)")
-def view_swap(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL[1:], "L(view 0, view 1) = L(view 1, view 0)", **CLOSE)
+def view_swap(it: Trial) -> Problem:
     """neither view is preferred, in value"""
-    inputs = check.inputs(example)
-    return check.differs(_value(loss, inputs[::-1]), _value(loss, inputs), "swapped")
+    views = it.views(EVERYTHING)
+    return it.changes(views, views[::-1], "swapped")
 
 
-def _scaled(check: Check, draw: st.DrawFn) -> Example:
-    example = _views(check, draw)
-    rows, columns = example[check.names[0]].shape
-    size = rows if check.kind == "embedding_pair" else columns
-    for name in check.names:
-        # One row or column at a time: compositions of these are all scalings.
-        factors = [1.0] * size
-        factors[draw(st.integers(0, size - 1))] = draw(st.sampled_from(FACTORS))
-        example[f"{name}_scale"] = factors
-    return example
+@invariant(ALL[2:], "L(α p, β z) = L(p, z) for α, β > 0", **CLOSE)
+def positive_scaling(it: Trial) -> Problem:
+    """the lengths of embeddings do not matter, row by row"""
+    views = it.views(("plain", "constant"))
+    return it.changes(views, [x * f[:, None] for x, f in _factors(it, views, 0)], "scaled")
 
 
-@invariant(
-    ALL[2:], "L(α p, β z) = L(p, z) for α, β > 0", name="positive_scaling", draw=_scaled,
-    what="the lengths of embeddings do not matter, row by row", embeddings=PLAIN,
-)  # fmt: skip
-@invariant(
-    ALL[1:2], "L(α_k c'_k, β_k c''_k) = L(c'_k, c''_k) for α, β > 0", name="column_scale",
-    what="the lengths of the clusters' columns do not matter; scaled rows do not sum to 1",
-    draw=_scaled, assignments=ORDINARY,
-)  # fmt: skip
-def _scaling(check: Check, loss: Loss, example: Example) -> str | None:
-    inputs = check.inputs(example)
-    factors = [inputs[0].new_tensor(example[f"{name}_scale"]) for name in check.names]
-    if check.kind == "embedding_pair":
-        factors = [factor[:, None] for factor in factors]
-    scaled = [x * factor for x, factor in zip(inputs, factors, strict=True)]
-    return check.differs(_value(loss, scaled), _value(loss, inputs), "scaled")
+@invariant(ALL[1:2], "L(α_k c'_k, β_k c''_k) = L(c'_k, c''_k) for α, β > 0", **CLOSE)
+def column_scale(it: Trial) -> Problem:
+    """the lengths of the clusters' columns do not matter; scaled rows do not sum to 1"""
+    views = it.views(ORDINARY)
+    return it.changes(views, [x * f for x, f in _factors(it, views, 1)], "scaled")
 
 
-def _without_ties(check: Check, draw: st.DrawFn) -> Example:
-    # Integers that hypothesis shrinks would be full of ties, which hide what does not matter.
-    shape, seed = check.shape(draw), draw(st.integers(0, 99))
-    drawn, views = random.Random(seed), []
-    for _ in check.names:
-        entries = torch.tensor(drawn.choices(range(1, 17), k=shape[0] * shape[1])).double()
-        signs = torch.tensor(drawn.choices((-1, 1), k=len(entries)))
-        entries = entries * signs if check.kind == "embedding_pair" else entries
-        view = entries.reshape(shape)
-        views.append(view if check.kind == "embedding_pair" else view / view.sum(1, keepdim=True))
-    return check.named(*views)
-
-
-@invariant(
-    ALL, "L changes with every entry of every view", draw=_without_ties, options={},
-    least=(2, 2), most=(4, 4),
-)  # fmt: skip
-def every_input_matters(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL, "L changes with every entry of every view")
+def every_input_matters(it: Trial) -> Problem:
     """L changes with any entry of an embedding, and with mass that moves to the next cluster"""
-    inputs = check.inputs(example)
-    before = _value(loss, inputs)
-    for place, view in enumerate(inputs):
+    views = _without_ties(it)
+    before = it.value(views)
+    for place, view in enumerate(views):
         for row, column in torch.cartesian_prod(*map(torch.arange, view.shape)).tolist():
             changed = view.clone()
             # A part that no simple fractions make up for by chance.
             moved = 0.37 * view[row, column]
-            changed[row, column] += moved if check.kind == "embedding_pair" else -moved
-            if check.kind != "embedding_pair":
+            changed[row, column] += moved if it.embedded else -moved
+            if not it.embedded:
                 changed[row, (column + 1) % view.shape[1]] += moved
-            if _same(_value(loss, _with(inputs, place, changed)), before):
-                where = f"row {row}, column {column} of `{check.names[place]}`"
+            if _same(it.value(_with(views, place, changed)), before):
+                where = f"row {row}, column {column} of `{it.names[place]}`"
                 return f"{where} does not matter: L stays {_text(before)}"
     return None
 
 
-@invariant(
-    ALL[1:], "L(x, y) ≠ L(x, y in another order)", draw=_without_ties, options={},
-    least=(2, 2), most=(4, 4),
-)  # fmt: skip
-def compares_views(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL[1:], "L(x, y) ≠ L(x, y in another order)")
+def compares_views(it: Trial) -> Problem:
     """L depends on which rows of both views belong together"""
-    view0, view1 = check.inputs(example)
-    before = _value(loss, [view0, view1])
-    if not _same(_value(loss, [view0, view1.roll(1, dims=0)]), before):
+    view0, view1 = _without_ties(it)
+    before = it.value([view0, view1])
+    if not _same(it.value([view0, view1.roll(1, dims=0)]), before):
         return None
     return f"the views are not compared: L stays {_text(before)} with the rows of one moved on"
 
 
-@invariant(ALL, "lower <= L <= upper", options={"lower": None, "upper": None, **CLOSE})
-def bounds(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL, "lower <= L <= upper", lower=None, upper=None, **CLOSE)
+def bounds(it: Trial) -> Problem:
     """A: [0, log K]; AA: [log(1 + (K−1)e^(−1/τ)), log(1 + (K−1)e^(1/τ))]; EE: [0, 2]"""
-    inputs, given = check.inputs(example), (check.options.lower, check.options.upper)
-    found, columns = _value(loss, inputs), inputs[0].shape[1]
-    limits = (b if a is None else a for a, b in zip(given, BOUNDS[check.kind], strict=True))
+    views, given = it.views(EVERYTHING), (it.options.lower, it.options.upper)
+    found, columns = it.value(views), views[0].shape[1]
+    limits = [b if a is None else a for a, b in zip(given, BOUNDS[it.kind], strict=True)]
     low, high = (float(x(columns) if callable(x) else x) for x in limits)
-    if low - check.slack(low) <= found <= high + check.slack(high):
+    if low - it.slack(low) <= found <= high + it.slack(high):
         return None
-    hint = _of_c2bin(check, "upper" if found > high else "lower")
+    hint = it.hint("upper" if found > high else "lower") if given[found > high] is None else ""
     return f"{_text(found)}, outside of [{_text(low)}, {_text(high)}]{hint}"
 
 
-def _labels(check: Check, draw: st.DrawFn) -> tuple[Tensor, int]:
-    if check.looking.shapes is not None:
-        rows, clusters = check.shape(draw)
-        if rows % clusters:
-            raise ValueError(f"shapes: expected n a multiple of K, got {(rows, clusters)}")
-        repeats = rows // clusters
-    else:
-        clusters = draw(st.integers(2, 4))
-        size = getattr(check.options, "rows_per_cluster", None) or (1, 3)
-        repeats = draw(strategies.size("rows_per_cluster", size, 1))
-        repeats = max(repeats, -(-check.looking.min_rows // clusters))
-    return torch.arange(clusters).repeat_interleave(repeats), clusters
-
-
-def _balanced(check: Check, draw: st.DrawFn) -> Example:
-    labels, clusters = _labels(check, draw)
-    return check.named(_one_hot(labels[draw(st.permutations(range(len(labels))))], clusters))
-
-
-def _agreeing(check: Check, draw: st.DrawFn) -> Example:
-    if check.kind == "assignment_pair":
-        return _balanced(check, draw)
-    target = _views(check, draw)["prediction"]
-    return check.named(target * draw(st.sampled_from(FACTORS)), target)
-
-
-def _disagreeing(check: Check, draw: st.DrawFn) -> Example:
-    view0, view1 = _balanced(check, draw).values()
-    return check.named(view0, view1.roll(draw(st.integers(1, view1.shape[1] - 1)), dims=1))
-
-
-def _at_angle(check: Check, draw: st.DrawFn) -> Example:
-    rows, columns = check.shape(draw)
-    half = draw(strategies.embeddings(rows=rows, features=columns // 2, kinds=["plain"]))
-    prediction = torch.zeros(rows, columns, dtype=torch.float64)
-    prediction[:, : half.shape[1]] = half
-    turned = _turned(prediction, 90 if check.invariant.name == "value_at_orthogonal" else 180)
-    return check.named(prediction, turned * draw(st.sampled_from(FACTORS)))
-
-
-def _alike(check: Check, draw: st.DrawFn) -> Example:
-    rows, clusters = check.shape(draw)
-    if check.looking.shapes is None and check.options.rows is not None:
-        rows = check.options.rows
-    kinds = check.invariant.assignments
-    view = draw(strategies.assignments(rows=rows, clusters=clusters, kinds=kinds))
-    return check.named(view.double())
-
-
-def _value_at(check: Check, loss: Loss, example: Example) -> str | None:
-    inputs, value, formula = check.inputs(example), check.options.value, check.options.formula
-    found = _value(loss, inputs)
-    if value is not None:
-        wanted = float(value(inputs[0].shape[1]) if callable(value) else value)
-    else:
-        wanted = float((formula or FORMULAS[check.kind])(*inputs))
-    if check.differs(found, wanted, "") is None:
-        return None
-    usual = "formula" if _views is check.invariant.draw else "value"
-    hint = _of_c2bin(check, usual) if value is None and formula is None else ""
-    return f"{_text(found)}, expected {_text(wanted)}{hint}"
-
-
-VALUE = {"value": None, "formula": None, **CLOSE}
-for _name, _kinds, _holds, _what, _draw, _fields in (
-    (
-        *(
-            "value_at_agreement",
-            ALL[1:],
-            "L(y, y) = value for balanced one-hot y; L(α z, z) = value",
-        ),
-        "hard balanced clusters, alike: log(1 + (K−1)e^(−1/τ)); parallel embeddings: 0",
-        *(_agreeing, {"embeddings": PLAIN, "options": {"rows_per_cluster": None, **VALUE}}),
-    ),
-    (
-        *("value_at_disagreement", ALL[1:2], "L(y, y with clusters in a cycle) = value"),
-        "hard balanced clusters, those of one view in a cycle: log(K − 1 + e^(1/τ))",
-        *(_disagreeing, {"options": {"rows_per_cluster": None, **VALUE}}),
-    ),
-    (
-        *("value_at_orthogonal", ALL[2:], "L(p, z) = value where p ⊥ z"),
-        *("orthogonal embeddings: 1", _at_angle, {"least": (1, 2), "most": (6, 6)}),
-    ),
-    (
-        *("value_at_opposite", ALL[2:], "L(p, −α p) = value for α > 0"),
-        *("opposite embeddings: 2", _at_angle, {"least": (1, 2), "most": (6, 6)}),
-    ),
-    (
-        *("value_at_balance", ALL[:1], "L(balanced one-hot) = value", "hard balanced clusters: 0"),
-        *(_balanced, {"options": {"rows_per_cluster": None, **VALUE}}),
-    ),
-    (
-        *("value_at_imbalance", ALL[:1], "L(P) = formula(P) for any shares of clusters"),
-        *("clusters with any shares ŝ: log K − H(ŝ)", _views, {"assignments": SOFT}),
-    ),
-    (
-        *("value_at_collapse", ALL[:2], "L(all in one cluster) = value"),
-        "A: log K; AA: (log(1 + (K−1)e^(−1/τ)) + (K−1) log K) / K",
-        *(_alike, {"assignments": ("collapsed",), "options": {"rows": None, **VALUE}}),
-    ),
-    (
-        *("value_at_uniform", ALL[:2], "L(1/K everywhere) = value", "A: 0; AA: log K", _alike),
-        {"assignments": ("uniform",), "options": {"rows": None, **VALUE}},
-    ),
-    (
-        *("value_in_general", ALL[1:], "L(x, y) = formula(x, y)"),
-        "any inputs: what the plain formula gives, Eq. 4 or 1",
-        *(_views, {"assignments": SOFT, "embeddings": PLAIN}),
-    ),
-):
-    _more: Any = {"options": VALUE, **_fields}
-    invariant(_kinds, _holds, name=_name, what=_what, draw=_draw, **_more)(_value_at)
-
-
-def _with_clusters(check: Check, draw: st.DrawFn) -> Example:
-    example = _views(check, draw)
-    order = draw(st.permutations(range(example["assignments"].shape[1])))
-    part = draw(st.sampled_from((0.5, 1.0, 0.25)))
-    return example | {"clusters": tuple(order[:2]), "part_of_gap": part}
-
-
-@invariant(ALL[:1], "L does not rise when mass moves to a lighter cluster", draw=_with_clusters)
-def monotone_entropy(check: Check, loss: Loss, example: Example) -> str | None:
-    """evening out the masses of two clusters never raises L"""
-    before, (heavier, lighter) = example["assignments"], example["clusters"]
-    mass = before.sum(dim=0)
-    if mass[heavier] < mass[lighter]:
-        heavier, lighter = lighter, heavier
-    gap = (mass[heavier] - mass[lighter]) * example["part_of_gap"]
-    # The floor is for two empty clusters, between which nothing moves.
-    moved = before[:, heavier] * (gap / mass[heavier].clamp_min(1e-300))
-    after = before.clone()
-    after[:, heavier] -= moved
-    after[:, lighter] += moved
-    old, new = _value(loss, [before]), _value(loss, [after])
-    if check.invariant.name == "monotone_entropy":
-        right = new <= old + check.slack(old)
-    else:
-        right = gap < 1e-3 or (new < old and not _same(new, old))
-    where = f"mass {gap:.6g} from column {heavier} to the lighter column {lighter}"
-    return None if right else f"moving {where} takes L from {_text(old)} to {_text(new)}"
-
-
-def _ever_farther(check: Check, draw: st.DrawFn) -> Example:
-    if check.kind == "assignment":
-        # All of the gap would turn both about.
-        return _with_clusters(check, draw) | {"part_of_gap": 0.25}
-    if check.kind == "assignment_pair":
-        labels, clusters = _labels(check, draw)
-        repeats = len(labels) // clusters
-        moved = draw(st.integers(0, repeats - 1))
-        place = torch.arange(len(labels)) % repeats
-        turned = [labels, *((labels + (place < m)) % clusters for m in (moved, moved + 1))]
-        views = [_one_hot(x, clusters) for x in turned]
-    else:
-        # Rows are orthogonal, also to what they turn to: the angle only changes the positives.
-        rows = draw(st.integers(2, 4).map(lambda n: max(n, check.looking.min_rows)))
-        rows, columns = (rows, 2 * rows) if check.looking.shapes is None else check.shape(draw)
-        first = _one_hot(torch.arange(rows) % (columns // 2), columns)
-        angles = draw(st.sampled_from(((0, 60), (60, 90), (90, 120), (120, 180))))
-        views = [first, *(_turned(first, angle) for angle in angles)]
-    first_name, name = check.names
-    return dict(zip((first_name, f"nearer {name}", f"farther {name}"), views, strict=True))
-
-
 @invariant(
-    ALL, "L rises where agreement falls, strictly", draw=_ever_farther, options={},
-    least=(1, 2), assignments=("ratios",),
-)  # fmt: skip
-def strictly_monotone(check: Check, loss: Loss, example: Example) -> str | None:
+    ALL[1:], "L(y, y) = value, y balanced; L(α z, z) = value", rows_per_cluster=None, **VALUE
+)
+def value_at_agreement(it: Trial) -> Problem:
+    """hard balanced clusters, alike: log(1 + (K−1)e^(−1/τ)); parallel embeddings: 0"""
+    if not it.embedded:
+        return it.misses(_balanced(it))
+    target = it.views(("plain", "constant"))[0]
+    return it.misses(target * it.sample(FACTORS), target)
+
+
+@invariant(ALL[1:2], "L(y, y with its clusters in a cycle) = value", rows_per_cluster=None, **VALUE)
+def value_at_disagreement(it: Trial) -> Problem:
+    """hard balanced clusters, those of one view in a cycle: log(K − 1 + e^(1/τ))"""
+    view = _balanced(it)
+    return it.misses(view, view.roll(it.sample(st.integers(1, view.shape[1] - 1)), dims=1))
+
+
+@invariant(ALL[2:], "L(p, z) = value where p ⊥ z", **VALUE)
+def value_at_orthogonal(it: Trial) -> Problem:
+    """orthogonal embeddings: 1"""
+    return it.misses(*_at_angle(it, 90))
+
+
+@invariant(ALL[2:], "L(p, −α p) = value for α > 0", **VALUE)
+def value_at_opposite(it: Trial) -> Problem:
+    """opposite embeddings: 2"""
+    return it.misses(*_at_angle(it, 180))
+
+
+@invariant(ALL[:1], "L(balanced one-hot) = value", rows_per_cluster=None, **VALUE)
+def value_at_balance(it: Trial) -> Problem:
+    """hard balanced clusters: 0"""
+    return it.misses(_balanced(it))
+
+
+@invariant(ALL[:1], "L(P) = formula(P) for any shares of clusters", **VALUE)
+def value_at_imbalance(it: Trial) -> Problem:
+    """clusters with any shares ŝ, such as 3/4 and 1/4: log K − H(ŝ)"""
+    return it.misses(*it.views())
+
+
+@invariant(ALL[:2], "L(all in one cluster) = value", rows=None, **VALUE)
+def value_at_collapse(it: Trial) -> Problem:
+    """A: log K; AA: (log(1 + (K−1)e^(−1/τ)) + (K−1) log K) / K"""
+    return it.misses(_alike(it, "collapsed"))
+
+
+@invariant(ALL[:2], "L(1/K everywhere) = value", rows=None, **VALUE)
+def value_at_uniform(it: Trial) -> Problem:
+    """A: 0; AA: log K"""
+    return it.misses(_alike(it, "uniform"))
+
+
+@invariant(ALL[1:], "L(x, y) = formula(x, y)", **VALUE)
+def value_in_general(it: Trial) -> Problem:
+    """any inputs: what the plain formula gives, Eq. 4 or 1"""
+    return it.misses(*it.views())
+
+
+@invariant(ALL[:1], "L does not rise when mass moves to a lighter cluster", **CLOSE)
+def monotone_entropy(it: Trial) -> Problem:
+    """evening out the masses of two clusters never raises L"""
+    part = it.draw("part_of_gap", st.sampled_from((0.5, 1.0, 0.25)))
+    old, new, _, what = _evened_out(it, EVERYTHING, part)
+    return None if new <= old + it.slack(old) else what
+
+
+@invariant(ALL, "L rises where agreement falls, strictly")
+def strictly_monotone(it: Trial) -> Problem:
     """L rises with the angle of embeddings and with each row of every cluster that hard views
     disagree about; it falls with mass that moves to a lighter cluster"""
-    if check.kind == "assignment":
-        return monotone_entropy(check, loss, example)
-    first, *turned = example.values()
-    old, new = (_value(loss, [first, second]) for second in turned)
+    if it.kind == "assignment":
+        old, new, moved, what = _evened_out(it, ("ratios",), 0.25)
+        return None if moved < 1e-3 or (new < old and not _same(new, old)) else what
+    if it.embedded:
+        # Rows are orthogonal, also to what they turn to: the angle only changes the positives.
+        rows = max(it.min_rows, it.sample(st.integers(2, 4)))
+        rows, columns = (rows, 2 * rows) if it.shapes is None else it.shape(1, 2)
+        first = _one_hot(torch.arange(rows) % (columns // 2), columns)
+        angles = it.draw("angles", st.sampled_from(((0, 60), (60, 90), (90, 120), (120, 180))))
+        turned = [_turned(first, angle) for angle in angles]
+    else:
+        labels, clusters = _labels(it)
+        repeats = len(labels) // clusters
+        moved = it.draw("rows_of_each_cluster_moved", st.integers(0, repeats - 1))
+        ahead = torch.arange(len(labels)) % repeats
+        first = _one_hot(labels, clusters)
+        turned = [_one_hot((labels + (ahead < m)) % clusters, clusters) for m in (moved, moved + 1)]
+    view, nearer = it.inputs(first, turned[0])
+    farther = it["with less agreement"] = turned[1].to(it.device)
+    old, new = it.value([view, nearer]), it.value([view, farther])
     if new > old and not _same(new, old):
         return None
     return f"L is {_text(old)}, and with less agreement {_text(new)}, expected more"
 
 
-@invariant(ALL, "value and gradient are finite", options={"dtypes": strategies.DTYPES})
-def finite(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL, "value and gradient are finite", dtypes=strategies.DTYPES)
+def finite(it: Trial) -> Problem:
     """one-hot, uniform, collapsed, dead-cluster, near-one-hot, zero, huge, tiny inputs and n = 1"""
-    value, gradients = differentiate(loss, check.inputs(example))
+    value, gradients = differentiate(it.loss, it.views(EVERYTHING))
     if not torch.isfinite(value).all():
         return f"value {value.item()}"
-    for name, gradient in zip(check.names, gradients, strict=True):
-        if gradient is not None and not torch.isfinite(gradient).all():
-            return f"gradient of `{name}` {show(gradient)}"
+    for name, slopes in zip(it.names, gradients, strict=True):
+        if slopes is not None and not torch.isfinite(slopes).all():
+            return f"gradient of `{name}` {show(slopes)}"
     return None
 
 
-def _inside(check: Check, draw: st.DrawFn) -> Example:
-    if check.kind == "embedding_pair":
-        return _views(check, draw)
-    weights = strategies.matrix(*check.shape(draw), 1, 4)
-    views = [torch.tensor(draw(weights), dtype=torch.float64) for _ in check.names]
-    return check.named(*(x / x.sum(dim=1, keepdim=True) for x in views))
-
-
-@invariant(
-    ALL, "autograd = finite differences", draw=_inside, embeddings=PLAIN, most=(4, 4),
-    options={"of": None, "rtol": 1e-3, "atol": 1e-5},
-)  # fmt: skip
-def gradient(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL, "autograd = finite differences", of=None, rtol=1e-3, atol=1e-5)
+def gradient(it: Trial) -> Problem:
     """of all inputs but the target, or of those that `of` names; rows keep their sum"""
-    inputs = check.inputs(example)
-    found = _wrong_gradient(check, loss, inputs)
+    if it.embedded:
+        views = it.views(("plain", "constant"), most=(4, 4))
+    else:
+        weights = strategies.matrix(*it.shape(most=(4, 4)), 1, 4)
+        drawn = [torch.tensor(it.sample(weights), dtype=torch.float64) for _ in it.names]
+        views = it.inputs(*(x / x.sum(dim=1, keepdim=True) for x in drawn))
     # Ties of small integers sit on the kinks of a max or a hinge, where there is no gradient to
     # compare with. A wrong gradient is as wrong a little further on.
-    beside = [_moved(check, x, _direction(x, 7 + i), 0.03) for i, x in enumerate(inputs)]
-    return found and _wrong_gradient(check, loss, beside) and found
+    beside = [_moved(it, x, _direction(x, 7 + i), 0.03) for i, x in enumerate(views)]
+    found = _wrong_gradient(it, views)
+    return found if found and _wrong_gradient(it, beside) else None
 
 
-def _wrong_gradient(check: Check, loss: Loss, inputs: list[Tensor]) -> str | None:
-    _, gradients = differentiate(loss, inputs)
-    usual = check.names[:1] if check.kind == "embedding_pair" else check.names
-    for place in map(check.names.index, check.options.of or usual):
-        view, slopes, name = inputs[place], gradients[place], check.names[place]
-        for direction in (_direction(view, seed) for seed in (0, 1)):
-            terms = _moved(check, view, direction, 1) - view
-            terms = terms * (0 if slopes is None else slopes)
-            slope, scale = terms.sum().item(), terms.abs().sum().item()
-            # A loss that computes in float32 needs the second step: the first is in its noise.
-            for step in (1e-3, 3e-2):
-                ends = (_moved(check, view, direction, step * x) for x in (1, -1, 0.5, -0.5))
-                a, b, c, d = (_value(loss, _with(inputs, place, end)) for end in ends)
-                wide, narrow = (a - b) / (2 * step), (c - d) / step
-                numeric = (4 * narrow - wide) / 3
-                size = max(scale, abs(numeric))
-                unsure = check.options.atol + check.options.rtol * size + abs(narrow - wide)
-                if abs(numeric - slope) <= unsure:
-                    break
-            else:
-                if slopes is None or not slopes.any():
-                    return f"no gradient reaches `{name}`, and L changes with it"
-                found = f"{_text(slope)} along a direction, by finite differences {_text(numeric)}"
-                return f"gradient of `{name}`: {found}"
-    return None
-
-
-@invariant(ALL[2:], "dL/d target = 0", embeddings=PLAIN, options={})
-def no_gradient_to_target(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL[2:], "dL/d target = 0")
+def no_gradient_to_target(it: Trial) -> Problem:
     """targets never get a gradient"""
-    _, (_, slopes) = differentiate(loss, check.inputs(example))
+    _, (_, slopes) = differentiate(it.loss, it.views(("plain", "constant")))
     # Where the gradient vanishes anyhow, its rounding error would make a poor example.
     if slopes is None or slopes.abs().max() <= 1e-9:
         return None
     return f"gradient of `target` {show(slopes)}"
 
 
-@invariant(
-    ALL, "0-dim, float32 at least, float64 stays", options={"dtypes": strategies.DTYPES},
-    assignments=ORDINARY, embeddings=("plain",),
-)  # fmt: skip
-def dtype(check: Check, loss: Loss, example: Example) -> str | None:
+@invariant(ALL, "0-dim, float32 at least, float64 stays", dtypes=strategies.DTYPES)
+def dtype(it: Trial) -> Problem:
     """L is 0-dim; float64 for float64 inputs, float32 for all others"""
-    value, wide = (
-        evaluate(loss, check.inputs(example)),
-        torch.promote_types(check.dtype, torch.float),
-    )
+    value, wide = evaluate(it.loss, it.views()), torch.promote_types(it.dtype, torch.float32)
     right = value.ndim == 0 and value.dtype is wide
     return None if right else f"shape {tuple(value.shape)}, {value.dtype}, expected (), {wide}"
 
 
-@invariant(
-    ALL, "L in lower precision = L in float32", assignments=SOFT, embeddings=PLAIN,
-    options={"dtypes": strategies.DTYPES[2:], "autocast": True, "rtol": 1e-4, "atol": 1e-4},
-)  # fmt: skip
-def lower_precision(check: Check, loss: Loss, example: Example) -> str | None:
+HALF: dict[str, Any] = {"dtypes": strategies.DTYPES[2:], "rtol": 1e-4, "atol": 1e-4}
+
+
+@invariant(ALL, "L in lower precision = L in float32", autocast=True, **HALF)
+def lower_precision(it: Trial) -> Problem:
     """half inputs, and float32 ones under autocast to bfloat16, give what float32 gives"""
-    inputs = check.inputs(example)
-    wide, how = _value(loss, [x.float() for x in inputs]), f"in {check.dtype}"
-    if check.dtype is not torch.float32:
-        return check.differs(_value(loss, inputs), wide, how)
-    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
-        return check.differs(_value(loss, inputs), wide, "under autocast to bfloat16")
+    views = it.views()
+    if it.dtype is not torch.float32:
+        return it.changes([x.float() for x in views], views, f"in {it.dtype}")
+    old = it.value(views)
+    with torch.autocast(views[0].device.type, dtype=torch.bfloat16):
+        new = it.value(views)
+    what = f"{_text(old)}, and under autocast to bfloat16 {_text(new)}"
+    return what if it.differ(new, old) else None
 
 
-def _sharded(check: Check, draw: st.DrawFn) -> Example:
-    example = _views(check, draw)
-    return example | {"shards": draw(strategies.shards(len(example[check.names[0]])))}
-
-
-@invariant(
-    ALL, "T(whole) = Σ_r T(shard r)", draw=_sharded, of_losses=False, assignments=ORDINARY,
-    embeddings=(*PLAIN, "zero_row"), options={"loss": None, "from_sums": None, **CLOSE},
-)  # fmt: skip
-def additive_over_shards(check: Check, statistic: Any, example: Example) -> str | None:
+@invariant(ALL, "T(whole) = Σ_r T(shard r)", loss=None, from_sums=None, **CLOSE)
+def additive_over_shards(it: Trial) -> Problem:
     """of a statistic T; with both options, L(P) = from_sums(Σ_r T(P_r)) and gradients agree"""
-    inputs, sizes, close = check.inputs(example), example["shards"], check.options
-    if (close.loss is None) != (close.from_sums is None):
+    options, views = it.options, it.views((*ORDINARY, "zero_row"))
+    if (options.loss is None) != (options.from_sums is None):
         raise ValueError("loss, from_sums: expected both or neither")
+    sizes = it.draw("shards", strategies.shards(len(views[0])))
 
     def summed(views: Sequence[Tensor], sizes: Sequence[int]) -> Any:
         parts = zip(*(torch.split(x, list(sizes)) for x in views), strict=True)
-        found = [statistic(*part) for part in parts]
+        found: list[Any] = [it.loss(*part) for part in parts]
         if isinstance(found[0], Tensor):
             return sum(found[1:], found[0])
         return tuple(sum(same[1:], same[0]) for same in zip(*found, strict=True))
 
-    def apart(want: Tensor, have: Tensor) -> bool:
-        return not torch.allclose(have, want, rtol=close.rtol, atol=close.atol)
+    def apart(have: Tensor, want: Tensor) -> bool:
+        return not torch.allclose(have, want, rtol=options.rtol, atol=options.atol)
 
     with calling():
-        sums = [summed([x.clone() for x in inputs], s) for s in ([len(inputs[0])], sizes)]
-    for want, have in zip(*([x] if isinstance(x, Tensor) else x for x in sums), strict=True):
-        if apart(want, have):
+        sums = [summed([x.clone() for x in views], s) for s in (sizes, [len(views[0])])]
+    for have, want in zip(*([x] if isinstance(x, Tensor) else x for x in sums), strict=True):
+        if apart(have, want):
             return f"sum over shards {show(have)}, whole {show(want)}"
-    if close.loss is None:
+    if options.loss is None:
         return None
-    value, slopes = differentiate(close.loss, inputs)
-    again, others = differentiate(lambda *views: close.from_sums(summed(views, sizes)), inputs)
-    if found := check.differs(again.item(), value.item(), "from sums over shards"):
-        return found
-    for name, tensor, *both in zip(check.names, inputs, slopes, others, strict=True):
-        want, have = (torch.zeros_like(tensor) if x is None else x for x in both)
-        if apart(want, have):
+    value, slopes = differentiate(options.loss, views)
+    again, others = differentiate(lambda *leaves: options.from_sums(summed(leaves, sizes)), views)
+    if it.differ(again.item(), value.item()):
+        return f"{_text(value.item())}, and from sums over shards {_text(again.item())}"
+    for name, view, *both in zip(it.names, views, others, slopes, strict=True):
+        have, want = (torch.zeros_like(view) if x is None else x for x in both)
+        if apart(have, want):
             return f"gradient of `{name}` from sums {show(have)}, whole {show(want)}"
     return None
 
 
-def _value(loss: Loss, inputs: Sequence[Tensor]) -> float:
-    return evaluate(loss, inputs).item()
+def _factors(it: Trial, views: list[Tensor], axis: int) -> list[tuple[Tensor, Tensor]]:
+    """Draw one factor for one row or column of each view: their compositions are all scalings."""
+    size, pairs = views[0].shape[axis], []
+    for name, view in zip(it.names, views, strict=True):
+        factors = [1.0] * size
+        factors[it.sample(st.integers(0, size - 1))] = it.sample(FACTORS)
+        pairs.append((view, view.new_tensor(it.draw(f"{name}_scale", st.just(factors)))))
+    return pairs
 
 
-def _of_c2bin(check: Check, option: str) -> str:
-    if getattr(check.options, option) is not None:
-        return ""
-    option = f"options={{{check.invariant.name!r}: {{{option!r}: ...}}}}"
-    return f" (C2BIN's default; {option} expects another)"
+def _without_ties(it: Trial) -> list[Tensor]:
+    # Ties, of which integers that hypothesis shrinks are full, would hide what does not matter; no
+    # row of distinct primes is a multiple of another. Alone, an instance has no negatives.
+    rows, columns = it.shape(2, 2, (4, 4))
+    drawn, size = random.Random(it.sample(st.integers(0, 99))), rows * columns
+    sieve = range(2, max(60, 12 * size))
+    primes = [p for p in sieve if all(p % q for q in range(2, math.isqrt(p) + 1))]
+    views = [torch.tensor(drawn.sample(primes, size)).double().view(rows, -1) for _ in it.names]
+    if not it.embedded:
+        return it.inputs(*(x / x.sum(dim=1, keepdim=True) for x in views))
+    signs = [torch.tensor(drawn.choices((-1, 1), k=size)).view(rows, -1) for _ in it.names]
+    return it.inputs(*(x * sign for x, sign in zip(views, signs, strict=True)))
 
 
-def _text(number: float) -> str:
-    return f"{number + 0.0:.9g}"  # adding 0 turns -0 into 0
+def _labels(it: Trial) -> tuple[Tensor, int]:
+    if it.shapes is not None:
+        rows, clusters = it.shape()
+        if rows % clusters:
+            raise ValueError(f"shapes: expected n a multiple of K, got {(rows, clusters)}")
+        repeats = rows // clusters
+    else:
+        clusters = it.sample(st.integers(2, 4))
+        size = getattr(it.options, "rows_per_cluster", None)
+        repeats = it.sample(
+            strategies.size("rows_per_cluster", (1, 3) if size is None else size, 1)
+        )
+        repeats = max(repeats, -(-it.min_rows // clusters))
+    return torch.arange(clusters).repeat_interleave(repeats), clusters
 
 
-def _same(new: float, old: float) -> bool:
-    return abs(new - old) <= ROUNDING * max(1.0, abs(old))
+def _balanced(it: Trial) -> Tensor:
+    labels, clusters = _labels(it)
+    return _one_hot(labels[it.sample(st.permutations(range(len(labels))))], clusters)
 
 
-def _with(inputs: Sequence[Tensor], place: int, view: Tensor) -> list[Tensor]:
-    return [*inputs[:place], view, *inputs[place + 1 :]]
+def _at_angle(it: Trial, degrees: float) -> tuple[Tensor, Tensor]:
+    rows, columns = it.shape(1, 2, (6, 6))
+    prediction = torch.zeros(rows, columns, dtype=it.dtype)
+    half = strategies.embeddings(rows=rows, features=columns // 2, kinds=["plain"])
+    prediction[:, : columns // 2] = it.sample(half)
+    return prediction, _turned(prediction, degrees) * it.sample(FACTORS)
 
 
-def _one_hot(labels: Tensor, clusters: int) -> Tensor:
-    return torch.eye(clusters, dtype=torch.float64)[labels]
+def _alike(it: Trial, kind: str) -> Tensor:
+    rows, clusters = it.shape()
+    rows = it.options.rows if it.options.rows and it.shapes is None else rows
+    view = strategies.assignments(rows=rows, clusters=clusters, kinds=[kind], dtype=it.dtype)
+    found: Tensor = it.sample(view)
+    return found
 
 
-def _turned(view: Tensor, degrees: float) -> Tensor:
-    """Turn rows, whose right half is zero, by an angle; exactly where its cosine or sine is 0."""
-    cosine, sine = (round(f(math.radians(degrees)), 15) for f in (math.cos, math.sin))
-    return cosine * view + sine * view.roll(view.shape[1] // 2, dims=1)
+def _evened_out(it: Trial, kinds: Sequence[str], part: float) -> tuple[float, float, float, str]:
+    """Move a part of what one cluster has more than another: L before and after, and what moved."""
+    (before,) = it.views(kinds)
+    a, b = it.draw("clusters", st.permutations(range(before.shape[1])).map(lambda x: x[:2]))
+    mass = before.sum(dim=0)
+    heavier, lighter = (a, b) if mass[a] >= mass[b] else (b, a)
+    gap = part * (mass[heavier] - mass[lighter])
+    # The floor is for two empty clusters, between which nothing moves.
+    moved = before[:, heavier] * (gap / mass[heavier].clamp_min(1e-300))
+    after = before.clone()
+    after[:, heavier] -= moved
+    after[:, lighter] += moved
+    old, new = it.value([before]), it.value([after])
+    where = f"mass {gap:.6g} from column {heavier} to the lighter column {lighter}"
+    return old, new, gap.item(), f"moving {where} takes L from {_text(old)} to {_text(new)}"
 
 
-def _moved(check: Check, view: Tensor, direction: Tensor, step: float) -> Tensor:
-    if check.kind == "embedding_pair":
+def _wrong_gradient(it: Trial, views: list[Tensor]) -> Problem:
+    _, gradients = differentiate(it.loss, views)
+    for place in map(it.names.index, it.options.of or (it.names[:1] if it.embedded else it.names)):
+        view, slopes, name = views[place], gradients[place], it.names[place]
+        for direction in (_direction(view, seed) for seed in (0, 1)):
+            step = _moved(it, view, direction, 1) - view
+            terms = torch.zeros_like(view) if slopes is None else step * slopes
+            slope, scale = terms.sum().item(), terms.abs().sum().item()
+            # A loss that computes in float32 needs the second step: the first is in its noise.
+            for h in (1e-3, 3e-2):
+                ends = (_moved(it, view, direction, h * x) for x in (1, -1, 0.5, -0.5))
+                a, b, c, d = (it.value(_with(views, place, end)) for end in ends)
+                wide, narrow = (a - b) / (2 * h), (c - d) / h
+                numeric = (4 * narrow - wide) / 3
+                allowed = it.options.atol + it.options.rtol * max(scale, abs(numeric))
+                if abs(numeric - slope) <= allowed + abs(narrow - wide):
+                    break
+            else:
+                if not terms.any():
+                    return f"no gradient reaches `{name}`, and L changes with it"
+                found = f"{_text(slope)} along a direction, by finite differences {_text(numeric)}"
+                return f"gradient of `{name}`: {found}"
+    return None
+
+
+def _moved(it: Trial, view: Tensor, direction: Tensor, step: float) -> Tensor:
+    if it.embedded:
         return view + step * direction
     # As through a softmax: rows still sum to 1.
     return view * (1 + step * (direction - (view * direction).sum(dim=1, keepdim=True)))
@@ -677,3 +574,25 @@ def _moved(check: Check, view: Tensor, direction: Tensor, step: float) -> Tensor
 def _direction(view: Tensor, seed: int) -> Tensor:
     steps = torch.arange(1, view.numel() + 1, dtype=view.dtype, device=view.device)
     return (steps * (37 + seed)).sin().reshape(view.shape)
+
+
+def _turned(view: Tensor, degrees: float) -> Tensor:
+    """Turn rows, whose right half is zero, by an angle; exactly where its cosine or sine is 0."""
+    cosine, sine = (round(f(math.radians(degrees)), 15) for f in (math.cos, math.sin))
+    return cosine * view + sine * view.roll(view.shape[1] // 2, dims=1)
+
+
+def _one_hot(labels: Tensor, clusters: int) -> Tensor:
+    return torch.eye(clusters, dtype=torch.float64)[labels]
+
+
+def _with(views: Sequence[Tensor], place: int, view: Tensor) -> list[Tensor]:
+    return [*views[:place], view, *views[place + 1 :]]
+
+
+def _same(new: float, old: float) -> bool:
+    return abs(new - old) <= ROUNDING * max(1.0, abs(old))
+
+
+def _text(number: float) -> str:
+    return f"{number + 0.0:.9g}"  # adding 0 turns -0 into 0

@@ -1,30 +1,25 @@
-"""All invariants of a kind at once, one by one under pytest, and one by itself."""
+"""All invariants of a kind at once, or one by one under pytest."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from c2bin_ext.testing._invariants import ALL, REGISTRY, Check, Kind, Search
+from c2bin_ext.testing._invariants import ALL, REGISTRY, Kind
 from c2bin_ext.testing._search import InvariantError, Loss, LossRaisedError, name_of
 from c2bin_ext.testing.presets import Preset
-
-SEARCH = fields(Search)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Which invariants a loss keeps; prints with the smallest example of each that it does not.
+    """Which invariants a `loss` keeps: `passed`, `skipped`, and by name the error of each `failed`.
 
-    Args:
-        loss: name of the loss.
-        passed: names of the invariants that hold on all examples tried.
-        failed: the error of each that does not, by name.
-        skipped: names of those that were not tried.
+    It prints with the smallest example of each that does not hold.
     """
 
     loss: str
@@ -42,11 +37,7 @@ class Report:
 
 
 class InvariantsError(AssertionError):
-    """Some invariants of a loss do not hold.
-
-    Args:
-        report: what was found, also for those that do.
-    """
+    """Some invariants of a loss do not hold: the `report` says which."""
 
     __module__ = "c2bin_ext.testing"
 
@@ -61,22 +52,19 @@ def invariants(kind: Kind) -> tuple[str, ...]:
     Args:
         kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
 
-    Returns:
-        The names, in the order of a report.
-
-    Raises:
-        ValueError: an unknown kind.
+    Returns: the names, in the order of a report.
+    Raises: ValueError for an unknown kind.
+    Source: the table of the page on the testing kit.
 
     Examples:
         >>> from c2bin_ext.testing import invariants
         >>> invariants("assignment")[:3]
         ('instance_permutation', 'cluster_relabelling', 'every_input_matters')
-
-    Source: the table of the page on the testing kit.
     """
     if kind not in ALL:
         raise ValueError(f"kind: expected one of {ALL}, got {kind!r}")
-    return tuple(n for n, found in REGISTRY.items() if kind in found.kinds and found.of_losses)
+    of_statistics = "additive_over_shards"
+    return tuple(n for n, found in REGISTRY.items() if kind in found.kinds and n != of_statistics)
 
 
 def check_invariants(
@@ -112,24 +100,20 @@ def check_invariants(
         shapes: the (n, K) or (n, d) to draw from, such as a single one for a compiled loss.
         device: where the inputs lie.
 
-    Returns:
-        The report.
-
-    Raises:
-        InvariantsError: an invariant does not hold, or the loss raised; has the `report`.
-        ValueError: a name, kind or option that does not exist.
+    Returns: the report.
+    Raises: InvariantsError, with the report, where an invariant does not hold or the loss raised;
+        ValueError for a name, kind or option that does not exist.
+    Source: the table of the page on the testing kit.
 
     Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> from c2bin_ext.testing import check_invariants
         >>> check_invariants(ClusterEntropyRegularizer(), "assignment", max_examples=20).passed[:2]
         ('instance_permutation', 'cluster_relabelling')
-
-    Source: the table of the page on the testing kit.
     """
     __tracebackhide__ = True
-    looking = Search(max_examples, derandomize, shapes, device)
-    checks = _chosen(kind, looking, preset=preset, only=only, skip=skip, options=options)
+    search = {"max_examples": max_examples, "derandomize": derandomize, "shapes": shapes}
+    checks = _chosen(kind, preset, only, skip, options, device=device, **search)
     passed, failed = [], dict[str, InvariantError | LossRaisedError]()
     for name, check in checks.items():
         try:
@@ -158,13 +142,10 @@ def parametrize_with_invariants(
         kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
         arguments: the other arguments of `check_invariants`.
 
-    Returns:
-        The decorator. A test fails with `InvariantError` or `LossRaisedError`.
-
-    Raises:
-        ImportError: pytest is not installed.
-        TypeError: the test takes neither `check` nor `invariant`.
-        ValueError: a name or kind that does not exist.
+    Returns: the decorator. A test fails with `InvariantError` or `LossRaisedError`.
+    Raises: ImportError without pytest; TypeError for a test that takes no `check`; ValueError as
+        `check_invariants`.
+    Source: after scikit-learn's `parametrize_with_checks`.
 
     Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
@@ -172,32 +153,27 @@ def parametrize_with_invariants(
         >>> @parametrize_with_invariants(ClusterEntropyRegularizer(), "assignment")
         ... def test_regularizer(loss, check):
         ...     check(loss)
-
-    Source: after scikit-learn's `parametrize_with_checks`.
     """
     try:
         import pytest
     except ImportError as error:
         raise ImportError(f"expected pytest ({error}): pip install pytest") from error
-    looking = Search(**{f.name: arguments.pop(f.name) for f in SEARCH if f.name in arguments})
-    checks = _chosen(kind, looking, **arguments)
 
-    def one(invariant: Check) -> Callable[..., None]:
+    def one(invariant: Callable[[Loss], None]) -> Callable[..., None]:
         def check(other: Loss = loss) -> None:
             __tracebackhide__ = True
             invariant(other)
 
         return check
 
-    rows = [{"loss": loss, "check": one(found), "invariant": n} for n, found in checks.items()]
+    checks = _chosen(kind, **arguments)
 
     def decorate(test: Callable[..., None]) -> Any:
         parameters = inspect.signature(test).parameters
         taken = [name for name in ("loss", "check", "invariant") if name in parameters]
         if not {"check", "invariant"} & set(taken):
-            raise TypeError(
-                f"{name_of(test)}: expected the parameter `check`, got {list(parameters)}"
-            )
+            raise TypeError(f"{name_of(test)}: expected the parameter `check`, got {taken}")
+        rows = [{"loss": loss, "check": one(c), "invariant": n} for n, c in checks.items()]
         values = [tuple(row[name] for name in taken) for row in rows]
         return pytest.mark.parametrize(taken, values, ids=list(checks))(test)
 
@@ -206,51 +182,32 @@ def parametrize_with_invariants(
 
 def _chosen(
     kind: Kind,
-    looking: Search,
-    *,
     preset: Preset | None = None,
     only: Collection[str] | None = None,
     skip: Collection[str] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Check]:
+    **search: Any,
+) -> dict[str, Callable[[Loss], None]]:
     names, preset, options = invariants(kind), preset or Preset(), options or {}
     for argument, given in (("only", only or ()), ("skip", skip), ("options", options)):
         if isinstance(given, str) or (unknown := sorted(set(given) - set(names))):
             wrong = given if isinstance(given, str) else unknown
             raise ValueError(f"{argument}: expected names out of {names}, got {wrong!r}")
-    looking = replace(looking, min_rows=max(preset.min_rows, looking.min_rows))
-    return {
-        name: Check(
-            *(REGISTRY[name], kind, looking),
-            **{**preset.options.get(name, {}), **options.get(name, {})},
-        )
-        for name in names
-        if name not in skip and (name not in preset.skip if only is None else name in only)
-    }
-
-
-def check_one(name: str) -> Callable[..., None]:
-    """Return `check_<name>(loss, kind, **options)`, with the options of a search among them."""
-    invariant = REGISTRY.get(name.removeprefix("check_"))
-    if invariant is None or not name.startswith("check_"):
-        raise AttributeError(f"module 'c2bin_ext.testing' has no attribute {name!r}")
-    usual = ALL[1] if ALL[1] in invariant.kinds and invariant.of_losses else invariant.kinds[0]
-
-    def check(loss: Callable[..., Any], kind: str = usual, **options: Any) -> None:
-        __tracebackhide__ = True
-        looking = Search(**{f.name: options.pop(f.name) for f in SEARCH if f.name in options})
-        Check(invariant, kind, looking, **options)(loss)
-
-    check.__name__, check.__doc__ = name, f"Check: {invariant.what}."
-    return check
+    chosen: dict[str, Callable[[Loss], None]] = {}
+    for name in names:
+        if name not in skip and (name not in preset.skip if only is None else name in only):
+            own = {**preset.options.get(name, {}), **options.get(name, {})}
+            REGISTRY[name].refuse(kind, own)
+            run = partial(REGISTRY[name], kind=kind, min_rows=preset.min_rows, **search)
+            chosen[name] = partial(run, **own)
+    return chosen
 
 
 def table() -> str:
     """Return the invariants as the table that the docs have."""
-    short = dict(zip(ALL, ("A", "AA", "EE"), strict=True))
     lines = ["| name | what holds | kinds | options |", "| --- | --- | --- | --- |"]
     for name, invariant in REGISTRY.items():
-        kinds = ", ".join(short[kind] for kind in invariant.kinds)
+        kinds = ", ".join({ALL[0]: "A", ALL[1]: "AA", ALL[2]: "EE"}[k] for k in invariant.kinds)
         options = ", ".join(f"`{o}`" for o in invariant.options if o not in ("rtol", "atol"))
         lines.append(f"| `{name}` | {invariant.what} | {kinds} | {options} |")
     return "\n".join(lines)
