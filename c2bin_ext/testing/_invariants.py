@@ -119,16 +119,19 @@ class Trial(dict[str, Any]):
         return [self[name] for name in self.names]
 
     def shape(self, rows: int = 1, columns: int = 1, most: tuple[int, int] = (6, 5)) -> Any:
+        sizes = self.sizes(rows, columns, most)
+        return [self.sample(strategies.size("shape", size, 1)) for size in sizes]
+
+    def sizes(self, rows: int, columns: int, most: tuple[int, int]) -> Any:
         rows, columns = max(rows, self.min_rows), max(columns, 1 if self.embedded else 2)
-        if self.shapes is not None:
-            shape = self.sample(st.sampled_from(list(self.shapes)))
-            assume(shape[0] >= rows and shape[1] >= columns)
-            return shape
-        numbers = st.integers(rows, max(rows, most[0])), st.integers(columns, most[1])
-        return self.sample(st.tuples(*numbers))
+        if self.shapes is None:
+            return (rows, max(rows, most[0])), (columns, most[1])
+        shape = self.sample(st.sampled_from(list(self.shapes)))
+        assume(shape[0] >= rows and shape[1] >= columns)
+        return shape
 
     def views(self, kinds: Sequence[str] = ORDINARY, most: tuple[int, int] = (6, 5)) -> Any:
-        rows, columns = self.shape(most=most)
+        rows, columns = self.sizes(1, 1, most)
         known = strategies.EMBEDDING_KINDS if self.embedded else strategies.ASSIGNMENT_KINDS
         size = {"features" if self.embedded else "clusters": columns}
         pair = strategies.paired_embeddings if self.embedded else strategies.paired_assignments
