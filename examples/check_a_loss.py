@@ -1,6 +1,6 @@
 """Property-test two losses of lightly and a broken one: `python examples/check_a_loss.py`.
 
-Needs `pip install "c2bin-ext[testing,lightly]"`. The losses of lightly are checked as they are, with
+Needs `pip install "c2bin-ext[testing,lightly]"`. The losses of lightly are checked as they are, by
 a preset for the values that they are meant to have; whatever then fails is printed with the
 smallest input that shows it.
 """

@@ -38,27 +38,10 @@ from c2bin_ext.testing._suite import (
     parametrize_with_invariants,
 )
 
-__all__ = [
-    "ASSIGNMENT_KINDS",
-    "EMBEDDING_KINDS",
-    "InvariantError",
-    "InvariantsError",
-    "LossRaisedError",
-    "Report",
-    "assignments",
-    "check_invariants",
-    "dtypes",
-    "embeddings",
-    "evaluate",
-    "invariants",
-    "paired_assignments",
-    "paired_embeddings",
-    "parametrize_with_invariants",
-    "presets",
-    "scales",
-    "search",
-    "shards",
-]
+__all__ = ["ASSIGNMENT_KINDS", "EMBEDDING_KINDS", "InvariantError", "InvariantsError"]
+__all__ += ["LossRaisedError", "Report", "assignments", "check_invariants", "dtypes", "embeddings"]
+__all__ += ["evaluate", "invariants", "paired_assignments", "paired_embeddings"]
+__all__ += ["parametrize_with_invariants", "presets", "scales", "search", "shards"]
 
 
 def __getattr__(name: str) -> Invariant:

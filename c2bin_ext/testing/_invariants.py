@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, TypeAlias
@@ -51,16 +51,18 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 VALUE: dict[str, Any] = {"value": None, "formula": None, **CLOSE}
 
 
-@dataclass(frozen=True)
 class Invariant:
     """What losses of some kinds keep: a trial draws an example and says what is wrong with it."""
 
-    name: str
-    kinds: tuple[str, ...]
-    holds: str
-    what: str
-    trial: Callable[[Trial], Problem]
-    options: Mapping[str, Any]
+    def __init__(self, kinds: tuple[str, ...], holds: str, **options: Any) -> None:
+        self.kinds, self.holds, self.options = kinds, holds, options
+
+    def of(self, trial: Callable[[Trial], Problem]) -> Callable[[Trial], Problem]:
+        """Register under the name of the trial."""
+        self.name, self.trial, self.what = trial.__name__, trial, str(trial.__doc__)
+        self.what = " ".join(self.what.split())
+        REGISTRY[self.name] = self
+        return trial
 
     def __call__(self, loss: Loss, /, kind: str = "", **given: Any) -> None:
         """Check a loss, in every dtype; `given` holds options and how and where to look."""
@@ -68,7 +70,11 @@ class Invariant:
         kind = kind or (ALL[1] if ALL[1] in self.kinds and self.name != SHARDS else self.kinds[0])
         looking = {k: given.pop(k) for k in ("max_examples", "derandomize") if k in given}
         where = {k: given.pop(k) for k in ("shapes", "device", "min_rows") if k in given}
-        self.refuse(kind, given)
+        if kind not in self.kinds:
+            raise ValueError(f"kind: {self.name} expected one of {self.kinds}, got {kind!r}")
+        if unknown := sorted(set(given) - set(self.options)):
+            known = tuple(self.options)
+            raise ValueError(f"options: {self.name} expected some of {known}, got {unknown}")
         options = SimpleNamespace(**{**self.options, **given})
         dtypes = [*getattr(options, "dtypes", [torch.float64])]
         for dtype in dtypes + [torch.float32] * getattr(options, "autocast", False):
@@ -77,14 +83,6 @@ class Invariant:
                 search(self.name, self.holds, loss, trials, self.trial, **looking)
             except Unsatisfiable:  # no shape that was named says anything
                 return
-
-    def refuse(self, kind: str, options: Mapping[str, Any]) -> None:
-        """Raise where the kind or an option does not exist."""
-        if kind not in self.kinds:
-            raise ValueError(f"kind: {self.name} expected one of {self.kinds}, got {kind!r}")
-        if unknown := sorted(set(options) - set(self.options)):
-            known = tuple(self.options)
-            raise ValueError(f"options: {self.name} expected some of {known}, got {unknown}")
 
 
 REGISTRY: dict[str, Invariant] = {}
@@ -179,18 +177,7 @@ def _trials(draw: st.DrawFn, *fields: Any, **where: Any) -> Trial:
     return Trial(draw, *fields, **where)
 
 
-def invariant(kinds: tuple[str, ...], holds: str, **options: Any) -> Callable[[Any], Any]:
-    """Register a trial as an invariant, under its name."""
-
-    def register(trial: Callable[[Trial], Problem]) -> Callable[[Trial], Problem]:
-        name, what = trial.__name__, " ".join((trial.__doc__ or "").split())
-        REGISTRY[name] = Invariant(name, kinds, holds, what, trial, options)
-        return trial
-
-    return register
-
-
-@invariant(ALL, "L(rows in any order) = L(rows)", **CLOSE)
+@Invariant(ALL, "L(rows in any order) = L(rows)", **CLOSE).of
 def instance_permutation(it: Trial) -> Problem:
     """the order of the instances does not matter, the same in both views"""
     views = it.views(EVERYTHING)
@@ -198,7 +185,7 @@ def instance_permutation(it: Trial) -> Problem:
     return it.changes(views, [x[order] for x in views], "with rows in another order")
 
 
-@invariant(ALL[:2], "L(columns in any order) = L(columns)", **CLOSE)
+@Invariant(ALL[:2], "L(columns in any order) = L(columns)", **CLOSE).of
 def cluster_relabelling(it: Trial) -> Problem:
     """the order of the clusters does not matter, the same in both views"""
     views = it.views(EVERYTHING)
@@ -206,28 +193,28 @@ def cluster_relabelling(it: Trial) -> Problem:
     return it.changes(views, [x[:, order] for x in views], "with columns in another order")
 
 
-@invariant(ALL[1:], "L(view 0, view 1) = L(view 1, view 0)", **CLOSE)
+@Invariant(ALL[1:], "L(view 0, view 1) = L(view 1, view 0)", **CLOSE).of
 def view_swap(it: Trial) -> Problem:
     """neither view is preferred, in value"""
     views = it.views(EVERYTHING)
     return it.changes(views, views[::-1], "swapped")
 
 
-@invariant(ALL[2:], "L(α p, β z) = L(p, z) for α, β > 0", **CLOSE)
+@Invariant(ALL[2:], "L(α p, β z) = L(p, z) for α, β > 0", **CLOSE).of
 def positive_scaling(it: Trial) -> Problem:
     """the lengths of embeddings do not matter, row by row"""
     views = it.views(("plain", "constant"))
     return it.changes(views, [x * f[:, None] for x, f in _factors(it, views, 0)], "scaled")
 
 
-@invariant(ALL[1:2], "L(α_k c'_k, β_k c''_k) = L(c'_k, c''_k) for α, β > 0", **CLOSE)
+@Invariant(ALL[1:2], "L(α_k c'_k, β_k c''_k) = L(c'_k, c''_k) for α, β > 0", **CLOSE).of
 def column_scale(it: Trial) -> Problem:
     """the lengths of the clusters' columns do not matter; scaled rows do not sum to 1"""
     views = it.views(ORDINARY)
     return it.changes(views, [x * f for x, f in _factors(it, views, 1)], "scaled")
 
 
-@invariant(ALL, "L changes with every entry of every view")
+@Invariant(ALL, "L changes with every entry of every view").of
 def every_input_matters(it: Trial) -> Problem:
     """L changes with any entry of an embedding, and with mass that moves to the next cluster"""
     views = _without_ties(it)
@@ -246,7 +233,7 @@ def every_input_matters(it: Trial) -> Problem:
     return None
 
 
-@invariant(ALL[1:], "L(x, y) ≠ L(x, y in another order)")
+@Invariant(ALL[1:], "L(x, y) ≠ L(x, y in another order)").of
 def compares_views(it: Trial) -> Problem:
     """L depends on which rows of both views belong together"""
     view0, view1 = _without_ties(it)
@@ -256,7 +243,7 @@ def compares_views(it: Trial) -> Problem:
     return f"the views are not compared: L stays {_text(before)} with the rows of one moved on"
 
 
-@invariant(ALL, "lower <= L <= upper", lower=None, upper=None, **CLOSE)
+@Invariant(ALL, "lower <= L <= upper", lower=None, upper=None, **CLOSE).of
 def bounds(it: Trial) -> Problem:
     """A: [0, log K]; AA: [log(1 + (K−1)e^(−1/τ)), log(1 + (K−1)e^(1/τ))]; EE: [0, 2]"""
     views, given = it.views(EVERYTHING), (it.options.lower, it.options.upper)
@@ -269,9 +256,7 @@ def bounds(it: Trial) -> Problem:
     return f"{_text(found)}, outside of [{_text(low)}, {_text(high)}]{hint}"
 
 
-@invariant(
-    ALL[1:], "L(y, y) = value, y balanced; L(α z, z) = value", rows_per_cluster=None, **VALUE
-)
+@Invariant(ALL[1:], "L(y, y) = L(α z, z) = value, y balanced", rows_per_cluster=None, **VALUE).of
 def value_at_agreement(it: Trial) -> Problem:
     """hard balanced clusters, alike: log(1 + (K−1)e^(−1/τ)); parallel embeddings: 0"""
     if not it.embedded:
@@ -280,56 +265,58 @@ def value_at_agreement(it: Trial) -> Problem:
     return it.misses(target * it.sample(FACTORS), target)
 
 
-@invariant(ALL[1:2], "L(y, y with its clusters in a cycle) = value", rows_per_cluster=None, **VALUE)
+@Invariant(
+    ALL[1:2], "L(y, y with its clusters in a cycle) = value", rows_per_cluster=None, **VALUE
+).of
 def value_at_disagreement(it: Trial) -> Problem:
     """hard balanced clusters, those of one view in a cycle: log(K − 1 + e^(1/τ))"""
     view = _balanced(it)
     return it.misses(view, view.roll(it.sample(st.integers(1, view.shape[1] - 1)), dims=1))
 
 
-@invariant(ALL[2:], "L(p, z) = value where p ⊥ z", **VALUE)
+@Invariant(ALL[2:], "L(p, z) = value where p ⊥ z", **VALUE).of
 def value_at_orthogonal(it: Trial) -> Problem:
     """orthogonal embeddings: 1"""
     return it.misses(*_at_angle(it, 90))
 
 
-@invariant(ALL[2:], "L(p, −α p) = value for α > 0", **VALUE)
+@Invariant(ALL[2:], "L(p, −α p) = value for α > 0", **VALUE).of
 def value_at_opposite(it: Trial) -> Problem:
     """opposite embeddings: 2"""
     return it.misses(*_at_angle(it, 180))
 
 
-@invariant(ALL[:1], "L(balanced one-hot) = value", rows_per_cluster=None, **VALUE)
+@Invariant(ALL[:1], "L(balanced one-hot) = value", rows_per_cluster=None, **VALUE).of
 def value_at_balance(it: Trial) -> Problem:
     """hard balanced clusters: 0"""
     return it.misses(_balanced(it))
 
 
-@invariant(ALL[:1], "L(P) = formula(P) for any shares of clusters", **VALUE)
+@Invariant(ALL[:1], "L(P) = formula(P) for any shares of clusters", **VALUE).of
 def value_at_imbalance(it: Trial) -> Problem:
     """clusters with any shares ŝ, such as 3/4 and 1/4: log K − H(ŝ)"""
     return it.misses(*it.views())
 
 
-@invariant(ALL[:2], "L(all in one cluster) = value", rows=None, **VALUE)
+@Invariant(ALL[:2], "L(all in one cluster) = value", rows=None, **VALUE).of
 def value_at_collapse(it: Trial) -> Problem:
     """A: log K; AA: (log(1 + (K−1)e^(−1/τ)) + (K−1) log K) / K"""
     return it.misses(_alike(it, "collapsed"))
 
 
-@invariant(ALL[:2], "L(1/K everywhere) = value", rows=None, **VALUE)
+@Invariant(ALL[:2], "L(1/K everywhere) = value", rows=None, **VALUE).of
 def value_at_uniform(it: Trial) -> Problem:
     """A: 0; AA: log K"""
     return it.misses(_alike(it, "uniform"))
 
 
-@invariant(ALL[1:], "L(x, y) = formula(x, y)", **VALUE)
+@Invariant(ALL[1:], "L(x, y) = formula(x, y)", **VALUE).of
 def value_in_general(it: Trial) -> Problem:
     """any inputs: what the plain formula gives, Eq. 4 or 1"""
     return it.misses(*it.views())
 
 
-@invariant(ALL[:1], "L does not rise when mass moves to a lighter cluster", **CLOSE)
+@Invariant(ALL[:1], "L does not rise when mass moves to a lighter cluster", **CLOSE).of
 def monotone_entropy(it: Trial) -> Problem:
     """evening out the masses of two clusters never raises L"""
     part = it.draw("part_of_gap", st.sampled_from((0.5, 1.0, 0.25)))
@@ -337,7 +324,7 @@ def monotone_entropy(it: Trial) -> Problem:
     return None if new <= old + it.slack(old) else what
 
 
-@invariant(ALL, "L rises where agreement falls, strictly")
+@Invariant(ALL, "L rises where agreement falls, strictly").of
 def strictly_monotone(it: Trial) -> Problem:
     """L rises with the angle of embeddings and with each row of every cluster that hard views
     disagree about; it falls with mass that moves to a lighter cluster"""
@@ -366,7 +353,7 @@ def strictly_monotone(it: Trial) -> Problem:
     return f"L is {_text(old)}, and with less agreement {_text(new)}, expected more"
 
 
-@invariant(ALL, "value and gradient are finite", dtypes=strategies.DTYPES)
+@Invariant(ALL, "value and gradient are finite", dtypes=strategies.DTYPES).of
 def finite(it: Trial) -> Problem:
     """one-hot, uniform, collapsed, dead-cluster, near-one-hot, zero, huge, tiny inputs and n = 1"""
     value, gradients = differentiate(it.loss, it.views(EVERYTHING))
@@ -378,7 +365,7 @@ def finite(it: Trial) -> Problem:
     return None
 
 
-@invariant(ALL, "autograd = finite differences", of=None, rtol=1e-3, atol=1e-5)
+@Invariant(ALL, "autograd = finite differences", of=None, rtol=1e-3, atol=1e-5).of
 def gradient(it: Trial) -> Problem:
     """of all inputs but the target, or of those that `of` names; rows keep their sum"""
     if it.embedded:
@@ -397,7 +384,7 @@ def gradient(it: Trial) -> Problem:
     return found
 
 
-@invariant(ALL[2:], "dL/d target = 0")
+@Invariant(ALL[2:], "dL/d target = 0").of
 def no_gradient_to_target(it: Trial) -> Problem:
     """targets never get a gradient"""
     _, (_, slopes) = differentiate(it.loss, it.views(("plain", "constant")))
@@ -407,7 +394,7 @@ def no_gradient_to_target(it: Trial) -> Problem:
     return f"gradient of `target` {show(slopes)}"
 
 
-@invariant(ALL, "0-dim, float32 at least, float64 stays", dtypes=strategies.DTYPES)
+@Invariant(ALL, "0-dim, float32 at least, float64 stays", dtypes=strategies.DTYPES).of
 def dtype(it: Trial) -> Problem:
     """L is 0-dim; float64 for float64 inputs, float32 for all others"""
     value, wide = evaluate(it.loss, it.views()), torch.promote_types(it.dtype, torch.float32)
@@ -418,7 +405,7 @@ def dtype(it: Trial) -> Problem:
 HALF: dict[str, Any] = {"dtypes": strategies.DTYPES[2:], "rtol": 1e-4, "atol": 1e-4}
 
 
-@invariant(ALL, "L in lower precision = L in float32", autocast=True, **HALF)
+@Invariant(ALL, "L in lower precision = L in float32", autocast=True, **HALF).of
 def lower_precision(it: Trial) -> Problem:
     """half inputs, and float32 ones under autocast to bfloat16, give what float32 gives"""
     views = it.views()
@@ -431,39 +418,34 @@ def lower_precision(it: Trial) -> Problem:
     return what if it.differ(new, old) else None
 
 
-@invariant(ALL, "T(whole) = Σ_r T(shard r)", loss=None, from_sums=None, **CLOSE)
+@Invariant(ALL, "T(whole) = Σ_r T(shard r)", loss=None, from_sums=None, **CLOSE).of
 def additive_over_shards(it: Trial) -> Problem:
     """of a statistic T; with both options, L(P) = from_sums(Σ_r T(P_r)) and gradients agree"""
     options, views = it.options, it.views((*ORDINARY, "zero_row"))
+    sizes = it.draw("shards", strategies.shards(len(views[0])))
     if (options.loss is None) != (options.from_sums is None):
         raise ValueError("loss, from_sums: expected both or neither")
-    sizes = it.draw("shards", strategies.shards(len(views[0])))
 
-    def summed(views: Sequence[Tensor], sizes: Sequence[int]) -> Any:
+    def summed(*views: Tensor, sizes: Sequence[int] = sizes) -> Any:
         parts = zip(*(torch.split(x, list(sizes)) for x in views), strict=True)
         found: list[Any] = [it.loss(*part) for part in parts]
         if isinstance(found[0], Tensor):
-            return sum(found[1:], found[0])
-        return tuple(sum(same[1:], same[0]) for same in zip(*found, strict=True))
-
-    def apart(have: Tensor, want: Tensor) -> bool:
-        return not torch.allclose(have, want, rtol=options.rtol, atol=options.atol)
+            return torch.stack(found).sum(dim=0)
+        return [torch.stack(same).sum(dim=0) for same in zip(*found, strict=True)]
 
     with calling():
-        sums = [summed([x.clone() for x in views], s) for s in (sizes, [len(views[0])])]
-    for have, want in zip(*([x] if isinstance(x, Tensor) else x for x in sums), strict=True):
-        if apart(have, want):
-            return f"sum over shards {show(have)}, whole {show(want)}"
-    if options.loss is None:
-        return None
-    value, slopes = differentiate(options.loss, views)
-    again, others = differentiate(lambda *leaves: options.from_sums(summed(leaves, sizes)), views)
-    if it.differ(again.item(), value.item()):
-        return f"{_text(value.item())}, and from sums over shards {_text(again.item())}"
-    for name, view, *both in zip(it.names, views, others, slopes, strict=True):
-        have, want = (torch.zeros_like(view) if x is None else x for x in both)
-        if apart(have, want):
-            return f"gradient of `{name}` from sums {show(have)}, whole {show(want)}"
+        sums = [summed(*(x.clone() for x in views), sizes=x) for x in (sizes, [len(views[0])])]
+    rows = [[["statistic"], *([x] if isinstance(x, Tensor) else x for x in sums)]]
+    rows[0][0] *= len(rows[0][1])
+    if options.loss is not None:
+        again, others = differentiate(lambda *x: options.from_sums(summed(*x)), views)
+        value, slopes = differentiate(options.loss, views)
+        rows.append([["value", *it.names], [again, *others], [value, *slopes]])
+    for name, *both in (row for columns in rows for row in zip(*columns, strict=True)):
+        have, want = (torch.zeros(()) if x is None else x for x in both)
+        if not torch.allclose(have.double(), want.double(), rtol=options.rtol, atol=options.atol):
+            what = f"gradient of `{name}`" if name in it.names else name
+            return f"{what} from sums over shards {show(have)}, whole {show(want)}"
     return None
 
 

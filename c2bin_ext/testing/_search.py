@@ -45,24 +45,21 @@ class LossRaisedError(_Counterexample, RuntimeError):
     __module__ = "c2bin_ext.testing"
 
 
-class _Falsified(Exception):  # noqa: N818
-    pass
+class _Falsified(Exception): ...  # noqa: N818
 
 
-class _Raised(Exception):  # noqa: N818
-    pass
+class _Raised(Exception): ...  # noqa: N818
 
 
-class _NoScalarError(TypeError):
-    pass
+class _NoScalarError(TypeError): ...
 
 
 def search(
     invariant: str,
     formula: str,
     loss: Callable[..., object],
-    examples: st.SearchStrategy[Example],
-    problem: Callable[[Example], str | None],
+    examples: st.SearchStrategy[Any],
+    problem: Callable[[Any], str | None],
     *,
     max_examples: int = 50,
     derandomize: bool = True,
@@ -71,23 +68,15 @@ def search(
 
     Formula: `problem(example) is None` for all examples. Calls of the loss inside `problem` go
     through `evaluate`, so that its exceptions are told from violations.
-
-    Args:
-        invariant: name for the report.
-        formula: what should hold, for the report.
-        loss: what is checked; only its name is read.
-        examples: strategy of dicts from the names of inputs to their values.
-        problem: says what is wrong with an example, None where nothing is. It must not change it.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run.
-
-    Returns: None, where no counterexample was found.
-    Raises: InvariantError where an example has a problem, LossRaisedError where the loss raised.
-    Source: hypothesis, MacIver et al., "Hypothesis: A new approach to property-based testing".
+    Args: `invariant`, `formula` and the name of `loss` are for the report; `examples`, a strategy
+    of dicts from the names of inputs to their values; `problem` says what is wrong with one, None
+    where nothing is, and must not change it; `max_examples` are tried before shrinking, the same
+    at every run with `derandomize`.
+    Returns: None. Raises: InvariantError, or LossRaisedError where the loss raised.
+    Source: MacIver et al., "Hypothesis: A new approach to property-based testing".
 
     Examples:
-        >>> from hypothesis import strategies as st
-        >>> from c2bin_ext.testing import assignments, search
+        >>> from c2bin_ext.testing import assignments
         >>> examples = st.fixed_dictionaries({"view": assignments(rows=2, clusters=2)})
         >>> soft = lambda example: "no entry is 1" if example["view"].max() < 1 else None
         >>> search("hard", "max P = 1", max, examples, soft)
@@ -147,20 +136,11 @@ def calling() -> Iterator[None]:
 def evaluate(loss: Loss, inputs: Sequence[Tensor]) -> Tensor:
     """Call the loss under test on copies of the inputs, for checks made with `search`.
 
-    Formula: `L(x)`. A loss may write into what it is given, and an exception that it raises is told
-    from one of the check.
-
-    Args:
-        loss: the loss.
-        inputs: its arguments.
-
-    Returns: the loss, a tensor of one element.
-    Raises: what `search` takes for an exception of the loss.
+    Formula: `L(x)`. Args: `loss`, which may write into what it is given; `inputs`, its arguments.
+    Returns: a tensor of one element. Raises: what `search` takes for an exception of the loss.
     Source: the page on the testing kit.
 
     Examples:
-        >>> import torch
-        >>> from c2bin_ext.testing import evaluate
         >>> evaluate(torch.sum, [torch.eye(2)])
         tensor(2.)
     """

@@ -54,26 +54,19 @@ def assignments(
     kinds: Kinds = ASSIGNMENT_KINDS,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Soft cluster assignments of one view: rows that sum to 1, Eq. 2.
+    """Soft cluster assignments (n, K) of one view: rows that sum to 1, Eq. 2.
 
     Formula: `P >= 0`, `Σ_k P[i, k] = 1`. The kinds: `one_hot`; `ratios`, small integers over their
     sum; `softmax` of integers at a sharpness between 0.25 and 50; `uniform`; `collapsed`, one
     cluster holds everything; `constant`, all rows alike; `dead_cluster`, one cluster holds
     nothing; `near_one_hot`, down to 1e-8 off.
-
-    Args:
-        rows: n, an int or an inclusive range.
-        clusters: K >= 2, an int or an inclusive range.
-        kinds: which of `ASSIGNMENT_KINDS` to draw.
-        dtype: of the result.
-
-    Returns: a strategy of tensors (n, K).
-    Raises: ValueError for an empty range, K < 2 or an unknown kind.
+    Args: `rows`, n, and `clusters`, K >= 2, are ints or inclusive ranges; `kinds`, some of
+    `ASSIGNMENT_KINDS`; `dtype`, of the result.
+    Returns: a strategy of tensors (n, K). Raises: ValueError for a range or kind that is none.
     Source: C2BIN, section 3.3.
 
     Examples:
         >>> from hypothesis import find
-        >>> from c2bin_ext.testing import assignments
         >>> find(assignments(), lambda view: view.max() < 1)
         tensor([[0.5000, 0.5000]])
     """
@@ -91,21 +84,15 @@ def paired_assignments(
     relations: Kinds = RELATIONS,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Assignments of two views of the same instances.
+    """Assignments of two views of the same instances, each (n, K).
 
     Formula: `P''` is `P'`, `(1 - t) P' + t Q` with t of 1/2, 1/8 or 1/64, or `Q`, for a `Q` drawn
     like `P'`: the relations `identical`, `noisy` and `independent`.
-
-    Args:
-        rows, clusters, kinds, dtype: as of `assignments`.
-        relations: which relations of the views to draw.
-
-    Returns: a strategy of pairs of tensors (n, K) that share no memory.
-    Raises: ValueError for an empty range, K < 2, an unknown kind or relation.
+    Args: `relations`, some of these; `rows`, `clusters`, `kinds` and `dtype` as of `assignments`.
+    Returns: a strategy of pairs that share no memory. Raises: ValueError as `assignments`.
     Source: C2BIN, section 3.3.
 
     Examples:
-        >>> from c2bin_ext.testing import paired_assignments
         >>> strategy = paired_assignments(relations=["identical"])
     """
     n, k = draw(size("rows", rows, 1)), draw(size("clusters", clusters, 2))
@@ -129,26 +116,19 @@ def embeddings(
     kinds: Kinds = EMBEDDING_KINDS,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Embeddings of one view, such as projector or predictor outputs.
+    """Embeddings (n, d) of one view, such as projector or predictor outputs.
 
     Formula: small integers times a scale. The kinds: `plain`, no row is zero; `constant`, all rows
     alike; `zero_row`, one row is zero; `zero`, all are; `mixed`, a scale for each row; `huge` and
     `tiny`, 1e30 and 1e-30, or 2¹² and 2⁻¹⁴ for float16, whose range is that narrow.
-
-    Args:
-        rows: n, an int or an inclusive range.
-        features: d, an int or an inclusive range.
-        kinds: which of `EMBEDDING_KINDS` to draw.
-        dtype: of the result.
-
-    Returns: a strategy of tensors (n, d), all finite.
-    Raises: ValueError for an empty range or an unknown kind.
-    Source: the inputs of C2BIN's Eq. 1.
+    Args: `rows`, n, and `features`, d, are ints or inclusive ranges; `kinds`, some of
+    `EMBEDDING_KINDS`; `dtype`, of the result.
+    Returns: a strategy of finite tensors (n, d). Raises: ValueError for a range or kind that is
+    none. Source: the inputs of C2BIN's Eq. 1.
 
     Examples:
         >>> from hypothesis import find
-        >>> from c2bin_ext.testing import embeddings
-        >>> find(embeddings(kinds=["plain"]), lambda view: view.sum() > 2)
+        >>> find(embeddings(rows=1, kinds=["plain"]), lambda view: view.max() > 2)
         tensor([[3.]])
     """
     n, d = draw(size("rows", rows, 1)), draw(size("features", features, 1))
@@ -165,21 +145,15 @@ def paired_embeddings(
     relations: Kinds = ("identical", "opposite", *RELATIONS[1:]),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """A prediction and its target.
+    """A prediction and its target, each (n, d).
 
     Formula: `z` is `p`, `-p`, `p + q/8` or `q`, for a `q` drawn like `p`: the relations
     `identical`, `opposite`, `noisy` and `independent`.
-
-    Args:
-        rows, features, kinds, dtype: as of `embeddings`.
-        relations: which relations of prediction and target to draw.
-
-    Returns: a strategy of pairs of tensors (n, d) that share no memory.
-    Raises: ValueError for an empty range, an unknown kind or relation.
+    Args: `relations`, some of these; `rows`, `features`, `kinds` and `dtype` as of `embeddings`.
+    Returns: a strategy of pairs that share no memory. Raises: ValueError as `embeddings`.
     Source: the inputs of C2BIN's Eq. 1.
 
     Examples:
-        >>> from c2bin_ext.testing import paired_embeddings
         >>> strategy = paired_embeddings(rows=1, features=(2, 8))
     """
     n, d = draw(size("rows", rows, 1)), draw(size("features", features, 1))
@@ -199,18 +173,11 @@ def scales(
     """Numbers of clusters of several heads, Eq. 6.
 
     Formula: `(K_1, ..., K_m)` with `K >= 2`, in any order, equal ones included.
-
-    Args:
-        min_scales, max_scales: least and largest number of heads.
-        clusters: each K, an int or an inclusive range.
-
-    Returns: a strategy of tuples of ints.
-    Raises: ValueError for K < 2 or an empty range.
-    Source: C2BIN, section 3.4.
+    Args: `min_scales` and `max_scales`, of m; `clusters`, each K, an int or an inclusive range.
+    Returns: a strategy of tuples. Raises: ValueError for K < 2. Source: C2BIN, section 3.4.
 
     Examples:
         >>> from hypothesis import find
-        >>> from c2bin_ext.testing import scales
         >>> find(scales(), lambda found: len(found) == 2)
         (2, 2)
     """
@@ -223,18 +190,12 @@ def shards(draw: st.DrawFn, rows: Size = (1, 12), *, max_shards: int = 4) -> tup
     """Sizes of the parts, none empty and seldom equal, of a batch that several ranks share.
 
     Formula: `n_r >= 1`, `Σ_r n_r = n`; `tensor.split(sizes)` gives the parts.
-
-    Args:
-        rows: n, an int or an inclusive range.
-        max_shards: largest number of parts; there are never more than n.
-
-    Returns: a strategy of tuples of ints.
-    Raises: ValueError for an empty range.
+    Args: `rows`, n, an int or an inclusive range; `max_shards`, the most parts.
+    Returns: a strategy of tuples. Raises: ValueError for an empty range.
     Source: the shards of C2BIN's global batch; `c2bin_ext.distributed`.
 
     Examples:
         >>> from hypothesis import find
-        >>> from c2bin_ext.testing import shards
         >>> find(shards(5), lambda sizes: len(sizes) == 2)
         (1, 4)
     """
@@ -248,16 +209,11 @@ def shards(draw: st.DrawFn, rows: Size = (1, 12), *, max_shards: int = 4) -> tup
 def dtypes(*, only: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[torch.dtype]:
     """Floating-point dtypes that training uses.
 
-    Args:
-        only: the dtypes to draw from; the first is the simplest.
-
-    Returns: a strategy of dtypes.
-    Raises: ValueError for no dtype.
-    Source: `c2bin_ext` serves these four.
+    Args: `only`, the dtypes to draw from; the first is the simplest.
+    Returns: a strategy of dtypes. Raises: ValueError for none. Source: what `c2bin_ext` serves.
 
     Examples:
         >>> from hypothesis import find
-        >>> from c2bin_ext.testing import dtypes
         >>> find(dtypes(), lambda dtype: dtype.itemsize < 4)
         torch.float16
     """

@@ -47,17 +47,13 @@ class InvariantsError(AssertionError):
 
 
 def invariants(kind: Kind) -> tuple[str, ...]:
-    """Name the invariants of one kind of loss, for `only` and `skip`.
+    """Name the invariants of one `kind` of loss, for `only` and `skip`.
 
-    Args:
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-
-    Returns: the names, in the order of a report.
-    Raises: ValueError for an unknown kind.
+    Args: `kind`, `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
+    Returns: the names, in the order of a report. Raises: ValueError for an unknown kind.
     Source: the table of the page on the testing kit.
 
     Examples:
-        >>> from c2bin_ext.testing import invariants
         >>> invariants("assignment")[:3]
         ('instance_permutation', 'cluster_relabelling', 'every_input_matters')
     """
@@ -107,7 +103,6 @@ def check_invariants(
 
     Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
-        >>> from c2bin_ext.testing import check_invariants
         >>> check_invariants(ClusterEntropyRegularizer(), "assignment", max_examples=20).passed[:2]
         ('instance_permutation', 'cluster_relabelling')
     """
@@ -136,20 +131,13 @@ def parametrize_with_invariants(
 
     Formula: the test is called with as many of these as it takes: `loss`; `check`, to be called
     with the loss or with nothing; `invariant`, the name.
-
-    Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        arguments: the other arguments of `check_invariants`.
-
+    Args: `loss`, `kind` and the other `arguments` of `check_invariants`.
     Returns: the decorator. A test fails with `InvariantError` or `LossRaisedError`.
     Raises: ImportError without pytest; TypeError for a test that takes no `check`; ValueError as
-        `check_invariants`.
-    Source: after scikit-learn's `parametrize_with_checks`.
+    `check_invariants`. Source: after scikit-learn's `parametrize_with_checks`.
 
     Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
-        >>> from c2bin_ext.testing import parametrize_with_invariants
         >>> @parametrize_with_invariants(ClusterEntropyRegularizer(), "assignment")
         ... def test_regularizer(loss, check):
         ...     check(loss)
@@ -197,9 +185,8 @@ def _chosen(
     for name in names:
         if name not in skip and (name not in preset.skip if only is None else name in only):
             own = {**preset.options.get(name, {}), **options.get(name, {})}
-            REGISTRY[name].refuse(kind, own)
-            run = partial(REGISTRY[name], kind=kind, min_rows=preset.min_rows, **search)
-            chosen[name] = partial(run, **own)
+            search["min_rows"] = preset.min_rows
+            chosen[name] = partial(REGISTRY[name], kind=kind, **search, **own)
     return chosen
 
 

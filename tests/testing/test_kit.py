@@ -565,7 +565,7 @@ def test_sums_over_shards() -> None:
         functional.cluster_mass, loss=ClusterEntropyRegularizer(), from_sums=from_mass
     )
     check_additive_over_shards(lambda a, b: (a.T @ b, b.sum()), PAIR)
-    with pytest.raises(InvariantError, match="sum over shards") as caught:
+    with pytest.raises(InvariantError, match="statistic from sums over shards") as caught:
         check_additive_over_shards(lambda view: view.mean(dim=0))
     assert caught.value.example["assignments"].shape == (2, 2)
     assert caught.value.example["shards"] == (1, 1)
@@ -574,7 +574,7 @@ def test_sums_over_shards() -> None:
             lambda mass: from_mass(mass.detach() + (mass - mass.detach()) / 2),
             "gradient of `assignm",
         ),
-        (lambda mass: 2 * from_mass(mass), "from sums over shards"),
+        (lambda mass: 2 * from_mass(mass), "value from sums over shards"),
         (lambda mass: from_mass(mass.detach()), "gradient of `assignments` from sums"),
     ):
         with pytest.raises(InvariantError, match=problem):
