@@ -309,15 +309,12 @@ def test_message() -> None:
     lines = str(caught.value).split("\n")
     assert re.fullmatch(r"view_swap: [\d.]+, and swapped [\d.]+", lines[0])
     assert lines[1].startswith("  loss: BCAContrastiveLoss(")
-    assert lines[2:] == [
+    assert lines[2:4] == [
         "  should hold: L(view 0, view 1) = L(view 1, view 0)",
         "  smallest example:",
-        "    assignments0 = torch.tensor([[1, 0]], dtype=torch.float64)",
-        lines[-1],
     ]
-    assert re.fullmatch(
-        r"    assignments1 = torch.tensor\(\[\[\d/\d, \d/\d\]\], dtype=.*", lines[-1]
-    )
+    assert [line.split(" = ")[0].strip() for line in lines[4:]] == ["assignments0", "assignments1"]
+    assert len(lines[4]) < 80
     views = [eval(line.split(" = ")[1], {"torch": torch}) for line in lines[4:]]
     assert one_direction(*views) != one_direction(*views[::-1])
     error = caught.value
