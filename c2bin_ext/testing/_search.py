@@ -68,11 +68,23 @@ def search(
 
     Formula: `problem(example) is None` for all examples. Calls of the loss inside `problem` go
     through `evaluate`, so that its exceptions are told from violations.
-    Args: `invariant`, `formula` and the name of `loss` are for the report; `examples`, a strategy
-    of dicts from the names of inputs to their values; `problem` says what is wrong with one, None
-    where nothing is, and must not change it; `max_examples` are tried before shrinking, the same
-    at every run with `derandomize`.
-    Returns: None. Raises: InvariantError, or LossRaisedError where the loss raised.
+
+    Args:
+        invariant: name for the report.
+        formula: what should hold, for the report.
+        loss: what is checked; only its name is read.
+        examples: strategy of dicts from the names of inputs to their values.
+        problem: says what is wrong with an example, None where nothing is. It must not change it.
+        max_examples: how many examples to try before shrinking.
+        derandomize: try the same examples at every run.
+
+    Returns:
+        None, where no counterexample was found.
+
+    Raises:
+        InvariantError: an example has a problem, or the loss differs from call to call.
+        LossRaisedError: the loss raised.
+
     Source: MacIver et al., "Hypothesis: A new approach to property-based testing".
 
     Examples:
@@ -136,8 +148,18 @@ def calling() -> Iterator[None]:
 def evaluate(loss: Loss, inputs: Sequence[Tensor]) -> Tensor:
     """Call the loss under test on copies of the inputs, for checks made with `search`.
 
-    Formula: `L(x)`. Args: `loss`, which may write into what it is given; `inputs`, its arguments.
-    Returns: a tensor of one element. Raises: what `search` takes for an exception of the loss.
+    Formula: `L(x)`.
+
+    Args:
+        loss: the loss, which may write into what it is given.
+        inputs: its arguments.
+
+    Returns:
+        The loss, a tensor of one element.
+
+    Raises:
+        Exception: what `search` takes for an exception of the loss.
+
     Source: the page on the testing kit.
 
     Examples:

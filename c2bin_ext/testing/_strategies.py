@@ -60,9 +60,19 @@ def assignments(
     sum; `softmax` of integers at a sharpness between 0.25 and 50; `uniform`; `collapsed`, one
     cluster holds everything; `constant`, all rows alike; `dead_cluster`, one cluster holds
     nothing; `near_one_hot`, down to 1e-8 off.
-    Args: `rows`, n, and `clusters`, K >= 2, are ints or inclusive ranges; `kinds`, some of
-    `ASSIGNMENT_KINDS`; `dtype`, of the result.
-    Returns: a strategy of tensors (n, K). Raises: ValueError for a range or kind that is none.
+
+    Args:
+        rows: n, an int or an inclusive range.
+        clusters: K >= 2, an int or an inclusive range.
+        kinds: some of `ASSIGNMENT_KINDS`.
+        dtype: of the result.
+
+    Returns:
+        A strategy of tensors (n, K).
+
+    Raises:
+        ValueError: an empty range, K < 2 or an unknown kind.
+
     Source: C2BIN, section 3.3.
 
     Examples:
@@ -88,8 +98,17 @@ def paired_assignments(
 
     Formula: `P''` is `P'`, `(1 - t) P' + t Q` with t of 1/2, 1/8 or 1/64, or `Q`, for a `Q` drawn
     like `P'`: the relations `identical`, `noisy` and `independent`.
-    Args: `relations`, some of these; `rows`, `clusters`, `kinds` and `dtype` as of `assignments`.
-    Returns: a strategy of pairs that share no memory. Raises: ValueError as `assignments`.
+
+    Args:
+        rows: as of `assignments`, like clusters, kinds and dtype.
+        relations: some of the three.
+
+    Returns:
+        A strategy of pairs of tensors (n, K) that share no memory.
+
+    Raises:
+        ValueError: an empty range, K < 2, an unknown kind or relation.
+
     Source: C2BIN, section 3.3.
 
     Examples:
@@ -121,10 +140,20 @@ def embeddings(
     Formula: small integers times a scale. The kinds: `plain`, no row is zero; `constant`, all rows
     alike; `zero_row`, one row is zero; `zero`, all are; `mixed`, a scale for each row; `huge` and
     `tiny`, 1e30 and 1e-30, or 2¹² and 2⁻¹⁴ for float16, whose range is that narrow.
-    Args: `rows`, n, and `features`, d, are ints or inclusive ranges; `kinds`, some of
-    `EMBEDDING_KINDS`; `dtype`, of the result.
-    Returns: a strategy of finite tensors (n, d). Raises: ValueError for a range or kind that is
-    none. Source: the inputs of C2BIN's Eq. 1.
+
+    Args:
+        rows: n, an int or an inclusive range.
+        features: d, an int or an inclusive range.
+        kinds: some of `EMBEDDING_KINDS`.
+        dtype: of the result.
+
+    Returns:
+        A strategy of finite tensors (n, d).
+
+    Raises:
+        ValueError: an empty range or an unknown kind.
+
+    Source: the inputs of C2BIN's Eq. 1.
 
     Examples:
         >>> from hypothesis import find
@@ -149,8 +178,17 @@ def paired_embeddings(
 
     Formula: `z` is `p`, `-p`, `p + q/8` or `q`, for a `q` drawn like `p`: the relations
     `identical`, `opposite`, `noisy` and `independent`.
-    Args: `relations`, some of these; `rows`, `features`, `kinds` and `dtype` as of `embeddings`.
-    Returns: a strategy of pairs that share no memory. Raises: ValueError as `embeddings`.
+
+    Args:
+        rows: as of `embeddings`, like features, kinds and dtype.
+        relations: some of the four.
+
+    Returns:
+        A strategy of pairs of tensors (n, d) that share no memory.
+
+    Raises:
+        ValueError: an empty range, an unknown kind or relation.
+
     Source: the inputs of C2BIN's Eq. 1.
 
     Examples:
@@ -173,8 +211,18 @@ def scales(
     """Numbers of clusters of several heads, Eq. 6.
 
     Formula: `(K_1, ..., K_m)` with `K >= 2`, in any order, equal ones included.
-    Args: `min_scales` and `max_scales`, of m; `clusters`, each K, an int or an inclusive range.
-    Returns: a strategy of tuples. Raises: ValueError for K < 2. Source: C2BIN, section 3.4.
+
+    Args:
+        min_scales: least number of heads; max_scales is the largest.
+        clusters: each K, an int or an inclusive range.
+
+    Returns:
+        A strategy of tuples of ints.
+
+    Raises:
+        ValueError: K < 2 or an empty range.
+
+    Source: C2BIN, section 3.4.
 
     Examples:
         >>> from hypothesis import find
@@ -190,8 +238,17 @@ def shards(draw: st.DrawFn, rows: Size = (1, 12), *, max_shards: int = 4) -> tup
     """Sizes of the parts, none empty and seldom equal, of a batch that several ranks share.
 
     Formula: `n_r >= 1`, `Σ_r n_r = n`; `tensor.split(sizes)` gives the parts.
-    Args: `rows`, n, an int or an inclusive range; `max_shards`, the most parts.
-    Returns: a strategy of tuples. Raises: ValueError for an empty range.
+
+    Args:
+        rows: n, an int or an inclusive range.
+        max_shards: largest number of parts; there are never more than n.
+
+    Returns:
+        A strategy of tuples of ints.
+
+    Raises:
+        ValueError: an empty range.
+
     Source: the shards of C2BIN's global batch; `c2bin_ext.distributed`.
 
     Examples:
@@ -209,8 +266,16 @@ def shards(draw: st.DrawFn, rows: Size = (1, 12), *, max_shards: int = 4) -> tup
 def dtypes(*, only: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[torch.dtype]:
     """Floating-point dtypes that training uses.
 
-    Args: `only`, the dtypes to draw from; the first is the simplest.
-    Returns: a strategy of dtypes. Raises: ValueError for none. Source: what `c2bin_ext` serves.
+    Args:
+        only: the dtypes to draw from; the first is the simplest.
+
+    Returns:
+        A strategy of dtypes.
+
+    Raises:
+        ValueError: no dtype.
+
+    Source: `c2bin_ext` serves these four.
 
     Examples:
         >>> from hypothesis import find

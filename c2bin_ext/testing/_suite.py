@@ -49,8 +49,15 @@ class InvariantsError(AssertionError):
 def invariants(kind: Kind) -> tuple[str, ...]:
     """Name the invariants of one `kind` of loss, for `only` and `skip`.
 
-    Args: `kind`, `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-    Returns: the names, in the order of a report. Raises: ValueError for an unknown kind.
+    Args:
+        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
+
+    Returns:
+        The names, in the order of a report.
+
+    Raises:
+        ValueError: an unknown kind.
+
     Source: the table of the page on the testing kit.
 
     Examples:
@@ -96,9 +103,13 @@ def check_invariants(
         shapes: the (n, K) or (n, d) to draw from, such as a single one for a compiled loss.
         device: where the inputs lie.
 
-    Returns: the report.
-    Raises: InvariantsError, with the report, where an invariant does not hold or the loss raised;
-        ValueError for a name, kind or option that does not exist.
+    Returns:
+        The report.
+
+    Raises:
+        InvariantsError: an invariant does not hold, or the loss raised; has the `report`.
+        ValueError: a name, kind or option that does not exist.
+
     Source: the table of the page on the testing kit.
 
     Examples:
@@ -131,10 +142,21 @@ def parametrize_with_invariants(
 
     Formula: the test is called with as many of these as it takes: `loss`; `check`, to be called
     with the loss or with nothing; `invariant`, the name.
-    Args: `loss`, `kind` and the other `arguments` of `check_invariants`.
-    Returns: the decorator. A test fails with `InvariantError` or `LossRaisedError`.
-    Raises: ImportError without pytest; TypeError for a test that takes no `check`; ValueError as
-    `check_invariants`. Source: after scikit-learn's `parametrize_with_checks`.
+
+    Args:
+        loss: what to check.
+        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
+        arguments: the other arguments of `check_invariants`.
+
+    Returns:
+        The decorator. A test fails with `InvariantError` or `LossRaisedError`.
+
+    Raises:
+        ImportError: pytest is not installed.
+        TypeError: the test takes no `check`.
+        ValueError: a name or kind that does not exist.
+
+    Source: after scikit-learn's `parametrize_with_checks`.
 
     Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
