@@ -19,10 +19,10 @@ from c2bin_ext._numerics import (
     SMALLEST_RATIO,
     differentiate,
     inverse_norm,
+    is_batched,
     is_eager,
-    needs_formula,
 )
-from c2bin_ext.statistics import BatchStatistics, Layout
+from c2bin_ext.statistics import BatchStatistics, Layout, of_head
 
 # In closed form exp(S) is taken without subtracting a maximum first. Cosines are at most 1, so that
 # S is at most 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
@@ -67,9 +67,9 @@ def _contrast(layout: Layout, options: Contrast, grams: Tensor, squares: Tensor)
     losses = []
     norms = _inverse_norms(layout, squares) if options.similarity == "cosine" else None
     for head, k in enumerate(layout.num_clusters):
-        logits = grams[:, head, :k, :k] / options.temperature
+        logits = of_head(grams, head, k) / options.temperature
         if norms is not None:
-            firsts, seconds = norms[:, head, :k].chunk(2)
+            firsts, seconds = of_head(norms, head, k).chunk(2)
             logits = logits * firsts[:, :, None] * seconds[:, None, :]
         negatives = logits
         if not options.positive_in_denominator:
@@ -136,7 +136,7 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layout, options = ctx.layout, ctx.options
         grams, squares, *saved = ctx.saved_tensors
-        if needs_formula():
+        if torch.is_grad_enabled():  # with create_graph=True, and only then
 
             def formula(grams: Tensor, squares: Tensor) -> tuple[Tensor]:
                 return (_contrast(layout, options, grams, squares),)
@@ -147,7 +147,8 @@ class _Contrast(torch.autograd.Function):
         seconds = norms[layout.pairs :]
         # dL/dS is softmax over rows (and over columns) minus the identity; S_kj is the Gram
         # matrix times f_k s_j, inverse norms over τ, and so dL/dS_kj times f_k s_j its gradient.
-        weights = weights * grad
+        batched = is_batched(grad)
+        weights = weights.clone() if batched else weights * grad
         by_row, by_column = weights / rows, weights / columns
         if not options.symmetric:
             by_row, by_column = by_row.mul_(2), by_column.zero_()
@@ -160,13 +161,16 @@ class _Contrast(torch.autograd.Function):
         # gradient sums up to.
         product = grad_grams * grams
         grad_squares = torch.cat([product.sum(3), product.sum(2)])
-        return None, None, grad_grams, grad_squares.mul_(norms).mul_(norms).mul_(-0.5)
+        grad_squares.mul_(norms).mul_(norms).mul_(-0.5)
+        if batched:
+            grad_grams, grad_squares = grad_grams * grad, grad_squares * grad
+        return None, None, grad_grams, grad_squares
 
 
 def _balance(layout: Layout, masses: Tensor) -> Tensor:
     gaps = []
     for head, k in enumerate(layout.num_clusters):
-        mass = masses[:, head, :k]
+        mass = of_head(masses, head, k)
         # Without any mass, shares and gradient are 0.
         share = mass / torch.threshold(mass.sum(dim=1, keepdim=True), SMALLEST_MASS, torch.inf)
         # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
@@ -197,7 +201,7 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layout, (masses, slope) = ctx.layout, ctx.saved_tensors
-        if needs_formula():
+        if torch.is_grad_enabled():  # with create_graph=True, and only then
 
             def formula(masses: Tensor) -> tuple[Tensor]:
                 return (_balance(layout, masses),)
