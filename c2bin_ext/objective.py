@@ -119,24 +119,22 @@ class C2BINObjective(nn.Module):
         Formula: see `functional.c2bin_statistics`; how to use them: see `C2BINLoss.statistics`.
 
         Args:
-            predictions: (p0, p1), each (n, e).
+            predictions: as for the call, and so the others.
             targets: (z0, z1), each (n, e).
             features: (r0, r1), each (n, d).
-            target_features: as for the call.
+            target_features: (f0, f1), each (n, d), or None.
 
         Returns:
             A vector, without gradient.
 
         Raises:
-            TypeError: as the call.
-            ValueError: as the call.
+            TypeError, ValueError: as the call.
 
         Examples:
             >>> import torch
             >>> from c2bin_ext import C2BINObjective
             >>> objective, views = C2BINObjective(8, (4,)), torch.randn(2, 16, 8)
-            >>> total = objective.statistics(views.unbind(), views.unbind(), views.unbind())
-            >>> total.shape  # cosines of two directions, n, 4 x 4 products, 4 sums a view and kind
+            >>> objective.statistics(views.unbind(), views.unbind(), views.unbind()).shape
             torch.Size([35])
 
         Source: `functional.c2bin_statistics`.
