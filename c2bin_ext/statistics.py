@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -272,31 +273,25 @@ class _Sums(torch.autograd.Function):
 
             return None, *differentiate(formula, heads, needed, grads)
         each, pairs, batched = len(layout.num_clusters), layout.pairs, is_batched(*grads)
-        found: list[Tensor | None] = []
-        for at, (own, need) in enumerate(zip(heads, needed, strict=True)):
-            if not need:
-                found.append(None)
-                continue
-            view, head = divmod(at, each)
-            k = own.shape[1]
-            gram, mass, square = (None if x is None else of_head(x, head, k) for x in grads)
-            grad = None if mass is None else mass.select(0, view).expand_as(own)
-            if gram is not None:
-                other = heads[(at + pairs * each) % len(heads)]
-                gram = gram.select(0, view % pairs)
-                factors = other, gram.T if view < pairs else gram
-                out = None
-                if not batched:
-                    out = torch.empty_like(own, memory_format=torch.contiguous_format)
-                # With the masses' gradient as the bias of the product.
-                if grad is None:
-                    grad = torch.mm(*factors, out=out)
-                else:
-                    grad = torch.addmm(grad, *factors, out=out)
-                if square is not None and len(square):
-                    slope = square.select(0, view)
-                    # The output of the product is this function's own.
-                    addcmul = grad.addcmul if batched else grad.addcmul_
-                    grad = addcmul(own, slope, value=2)
-            found.append(grad)
+        found: list[Tensor | None] = [None] * len(heads)
+        for head, k in enumerate(layout.num_clusters):
+            kinds = ([] if kind is None else of_head(kind, head, k).unbind() for kind in grads)
+            grams, masses, squares = kinds
+            for at in range(head, len(heads), each):
+                if not needed[at]:
+                    continue
+                own, view = heads[at], at // each
+                grad = masses[view].expand_as(own) if masses else None
+                if grams:
+                    gram, other = grams[view % pairs], heads[(at + pairs * each) % len(heads)]
+                    factors = other, gram.T if view < pairs else gram
+                    out = None if batched else own.new_empty(own.shape)
+                    # With the masses' gradient as the bias of the product.
+                    product = torch.mm if grad is None else partial(torch.addmm, grad)
+                    grad = product(*factors, out=out)
+                    if squares:
+                        # The output of the product is this function's own.
+                        add = grad.addcmul if batched else grad.addcmul_
+                        grad = add(own, squares[view], value=2)
+                found[at] = grad
         return None, *found
