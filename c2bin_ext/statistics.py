@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +169,7 @@ class BatchStatistics:
 
     def mass(self) -> Tensor:
         """The mass of all clusters together: n for every view and head, of rows that sum to 1."""
-        return torch.stack([group.masses.sum() for group in self.groups]).sum()
+        return reduce(torch.add, (group.masses.sum() for group in self.groups))
 
     def flat(self) -> Tensor:
         """Return all sums in one vector, which ranks and micro-batches add up."""
