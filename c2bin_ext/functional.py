@@ -506,8 +506,10 @@ def _batch(
     """Return the sums over the instances at hand, of heads that are checked here."""
     named = _check_heads("assignments", assignments, validate_args)
     like = ("predictions[0]", aligned[0][0]) if aligned else next(iter(named.items()))
-    fixed, fixed_named = target_assignments or (), dict[str, Tensor]()
+    fixed: Heads = ()
+    fixed_named: dict[str, Tensor] = {}
     if target_assignments is not None:
+        fixed = target_assignments
         fixed_named = _check_heads("target_assignments", fixed, validate_args)
         clusters, wanted = ([head.shape[1] for head in pair[0]] for pair in (fixed, assignments))
         if clusters != wanted:
