@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,26 @@ class TestC2BIN:
         doubled = build(C2BIN, loss=Doubled())  # any module with the call of C2BINLoss
         doubled.load_state_dict(model.state_dict())
         torch.testing.assert_close(doubled.losses(view0, view1)["loss"], 2 * found["loss"])
+
+    def test_a_loss_that_was_given_stays_as_it_is(self) -> None:
+        """What the adapter builds spans ranks, and nothing else is told to."""
+        given = C2BINLoss()
+        model = build(C2BIN, loss=given)
+        model._trainer = SimpleNamespace(world_size=2)
+        with pytest.warns(UserWarning, match="gather_distributed is False, so each of the 2 proc"):
+            model.setup("fit")
+        assert given.gather_distributed is False
+        for loss in (None, C2BINLoss(gather_distributed=True)):
+            model = build(C2BIN, loss=loss)
+            model._trainer = SimpleNamespace(world_size=2)
+            model.setup("fit")  # warnings are errors here
+            assert model.criterion.loss.gather_distributed
+        simclr = build(SimCLR)
+        simclr.backbone.gather_distributed = False
+        simclr._trainer = SimpleNamespace(world_size=2)
+        simclr.setup("fit")
+        assert simclr.criterion.gather_distributed
+        assert not simclr.backbone.gather_distributed
 
     def test_half_precision_with_scaled_gradients(self) -> None:
         """The arithmetic of precision 16-mixed, which Lightning keeps for GPUs."""
