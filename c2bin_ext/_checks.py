@@ -150,6 +150,16 @@ def same_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
         )
 
 
+def same_rows(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    """Check that two tensors have as many rows and lie on one device."""
+    if tensor.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{name}: expected n = {other.shape[0]} rows as {like} has, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    same_device(name, tensor, like, other)
+
+
 def validate_finite(name: str, tensor: Tensor) -> None:
     """Check that every value is finite. Reads values: waits for a GPU."""
     bad = int((~torch.isfinite(tensor)).sum())

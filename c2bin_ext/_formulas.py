@@ -19,10 +19,10 @@ from c2bin_ext._numerics import (
     SMALLEST_RATIO,
     differentiate,
     inverse_norm,
+    is_batched,
     is_eager,
-    needs_formula,
 )
-from c2bin_ext.statistics import BatchStatistics, Layout
+from c2bin_ext.statistics import BatchStatistics, Layout, of_head
 
 # In closed form exp(S) is taken without subtracting a maximum first. Cosines are at most 1, so that
 # S is at most 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
@@ -67,9 +67,9 @@ def _contrast(layout: Layout, options: Contrast, grams: Tensor, squares: Tensor)
     losses = []
     norms = _inverse_norms(layout, squares) if options.similarity == "cosine" else None
     for head, k in enumerate(layout.num_clusters):
-        logits = grams[:, head, :k, :k] / options.temperature
+        logits = of_head(grams, head, k) / options.temperature
         if norms is not None:
-            firsts, seconds = norms[:, head, :k].chunk(2)
+            firsts, seconds = of_head(norms, head, k).chunk(2)
             logits = logits * firsts[:, :, None] * seconds[:, None, :]
         negatives = logits
         if not options.positive_in_denominator:
@@ -93,8 +93,11 @@ def _inverse_norms(layout: Layout, squares: Tensor) -> Tensor:
     return torch.stack([inverse_norm(row, floor) for row, floor in rows])
 
 
-def _sizes(layout: Layout, like: Tensor) -> Tensor:
-    """Return K of every head, (heads, 1); filled, for a copy from the host would wait."""
+def _sizes(layout: Layout, like: Tensor) -> Tensor | int:
+    """Return K of every head, (heads, 1), or the one that all have."""
+    if len(set(layout.num_clusters)) == 1:
+        return layout.num_clusters[0]
+    # Filled: a copy from the host would wait for the GPU.
     sizes = like.new_empty(len(layout.num_clusters), 1)
     for row, k in zip(sizes.unbind(), layout.num_clusters, strict=True):
         row.fill_(k)
@@ -113,41 +116,39 @@ class _Contrast(torch.autograd.Function):
         exponentials = torch.mul(grams, firsts.unsqueeze(3)).mul_(seconds.unsqueeze(2)).exp_()
         if not options.positive_in_denominator:
             exponentials.diagonal(0, 2, 3).zero_()
-        unequal = len(set(layout.num_clusters)) > 1
-        if unequal:
+        if isinstance(sizes, Tensor):
             # What fills heads up counts nowhere: its exponentials are 0, their sums 1.
-            used = torch.arange(grams.shape[3], device=grams.device) < sizes
-            used = used.to(grams.dtype)
+            used = (torch.arange(grams.shape[3], device=grams.device) < sizes).to(grams.dtype)
             exponentials.mul_(used.unsqueeze(2)).mul_(used.unsqueeze(1))
         rows = exponentials.sum(3)
         columns = exponentials.sum(2) if options.symmetric else rows
-        if unequal:
+        if isinstance(sizes, Tensor):
             empty = 1 - used
-            rows = rows + empty
-            columns = columns + empty
+            rows, columns = rows + empty, columns + empty
         # Half of the mean over clusters and pairs, for each direction.
-        weights = sizes.mul_(2 * layout.pairs).reciprocal_()
-        ctx.save_for_backward(grams, squares, exponentials, rows, columns, weights, norms, firsts)
+        ctx.weights = 0.5 / (layout.pairs * sizes)
+        ctx.save_for_backward(grams, squares, exponentials, rows, columns, norms, firsts)
         ctx.layout, ctx.options = layout, options
         positive = grams.diagonal(0, 2, 3) * firsts * seconds
-        return (rows * columns).log_().sub_(positive, alpha=2).mul_(weights).sum()
+        return (rows * columns).log_().sub_(positive, alpha=2).mul_(ctx.weights).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layout, options = ctx.layout, ctx.options
         grams, squares, *saved = ctx.saved_tensors
-        if needs_formula():
+        if torch.is_grad_enabled():  # with create_graph=True, and only then
 
             def formula(grams: Tensor, squares: Tensor) -> tuple[Tensor]:
                 return (_contrast(layout, options, grams, squares),)
 
             needed = ctx.needs_input_grad[2:]
             return None, None, *differentiate(formula, (grams, squares), needed, (grad,))
-        exponentials, rows, columns, weights, norms, firsts = saved
+        exponentials, rows, columns, norms, firsts = saved
         seconds = norms[layout.pairs :]
         # dL/dS is softmax over rows (and over columns) minus the identity; S_kj is the Gram
         # matrix times f_k s_j, inverse norms over τ, and so dL/dS_kj times f_k s_j its gradient.
-        weights = weights * grad
+        batched = is_batched(grad)
+        weights = ctx.weights if batched else ctx.weights * grad
         by_row, by_column = weights / rows, weights / columns
         if not options.symmetric:
             by_row, by_column = by_row.mul_(2), by_column.zero_()
@@ -160,13 +161,16 @@ class _Contrast(torch.autograd.Function):
         # gradient sums up to.
         product = grad_grams * grams
         grad_squares = torch.cat([product.sum(3), product.sum(2)])
-        return None, None, grad_grams, grad_squares.mul_(norms).mul_(norms).mul_(-0.5)
+        grad_squares.mul_(norms).mul_(norms).mul_(-0.5)
+        if batched:
+            grad_grams, grad_squares = grad_grams * grad, grad_squares * grad
+        return None, None, grad_grams, grad_squares
 
 
 def _balance(layout: Layout, masses: Tensor) -> Tensor:
     gaps = []
     for head, k in enumerate(layout.num_clusters):
-        mass = masses[:, head, :k]
+        mass = of_head(masses, head, k)
         # Without any mass, shares and gradient are 0.
         share = mass / torch.threshold(mass.sum(dim=1, keepdim=True), SMALLEST_MASS, torch.inf)
         # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
@@ -197,7 +201,7 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layout, (masses, slope) = ctx.layout, ctx.saved_tensors
-        if needs_formula():
+        if torch.is_grad_enabled():  # with create_graph=True, and only then
 
             def formula(masses: Tensor) -> tuple[Tensor]:
                 return (_balance(layout, masses),)

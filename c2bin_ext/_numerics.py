@@ -87,12 +87,10 @@ def _tangent(tensor: Tensor) -> Tensor | None:
     return tangent
 
 
-def needs_formula() -> bool:
-    """Tell whether a backward pass has to be autograd's: it is differentiated itself, or batched.
-
-    With `create_graph=True`, and only then, gradients are enabled inside `backward`.
-    """
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+def is_batched(*grads: Tensor | None) -> bool:
+    """Tell whether gradients are those of `is_grads_batched=True`, which allow nothing in place."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(grad is not None and batched(grad) for grad in grads)
 
 
 def differentiate(
@@ -110,7 +108,7 @@ def differentiate(
         pairs = [
             (output, grad)
             for output, grad in zip(formula(*aliases), grads, strict=True)
-            if grad is not None
+            if grad is not None and output.requires_grad
         ]
         outputs, incoming = zip(*pairs, strict=True)
         found = iter(

@@ -503,24 +503,25 @@ def _batch(
     validate_args: bool,
     aligned: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> BatchStatistics:
-    """Return the sums over the instances at hand, of all arguments that are checked here."""
-    _check_heads("assignments", assignments, validate_args)
-    like, name = (aligned[0][0], "predictions[0]") if aligned else (assignments[0][0], "")
+    """Return the sums over the instances at hand, of heads that are checked here."""
+    named = _check_heads("assignments", assignments, validate_args)
+    like = ("predictions[0]", aligned[0][0]) if aligned else next(iter(named.items()))
     fixed: Heads = ()
-    _check_instances("assignments", assignments, name or "assignments[0][0]", like)
+    fixed_named: dict[str, Tensor] = {}
     if target_assignments is not None:
         fixed = target_assignments
-        _check_heads("target_assignments", fixed, validate_args)
+        fixed_named = _check_heads("target_assignments", fixed, validate_args)
         clusters, wanted = ([head.shape[1] for head in pair[0]] for pair in (fixed, assignments))
         if clusters != wanted:
             raise ValueError(
                 f"target_assignments: expected heads of {wanted} clusters as assignments has, "
                 f"got {clusters}"
             )
-        _check_instances("target_assignments", fixed, name or "assignments[0][0]", like)
+    for name, tensor in (named | fixed_named).items():
+        _checks.same_rows(name, tensor, *like)
     sums = BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
-    _checks.not_logits(_named("assignments", assignments), sums.mass)
-    _checks.not_logits(_named("target_assignments", fixed))
+    _checks.not_logits(named, sums.mass)
+    _checks.not_logits(fixed_named)
     return sums
 
 
@@ -595,8 +596,8 @@ def _aligned(
     return [(predictions[view], targets[1 - view]) for view in directions]
 
 
-def _check_heads(argument: str, assignments: Heads, validate_args: bool) -> None:
-    """Check the assignments of both views, head by head."""
+def _check_heads(argument: str, assignments: Heads, validate_args: bool) -> dict[str, Tensor]:
+    """Check the assignments of both views, head by head, and return each by its name."""
     _checks.pair(argument, assignments, "(heads of view 0, heads of view 1)")
     for view, heads in enumerate(assignments):
         if isinstance(heads, Tensor) or not isinstance(heads, Sequence):
@@ -609,27 +610,11 @@ def _check_heads(argument: str, assignments: Heads, validate_args: bool) -> None
             f"{argument}: expected the same number of heads, one at least, for both views, "
             f"got {len(assignments[0])} and {len(assignments[1])}"
         )
+    named: dict[str, Tensor] = {}
     for head, views in enumerate(zip(*assignments, strict=True)):
         names = [f"{argument}[{view}][{head}]" for view in range(2)]
         for name, tensor in zip(names, views, strict=True):
             _check_assignments(name, tensor, validate_args)
+            named[name] = tensor
         _checks.same_shape(names[1], views[1], names[0], views[0])
-
-
-def _named(argument: str, assignments: Heads) -> dict[str, Tensor]:
-    return {
-        f"{argument}[{view}][{head}]": tensor
-        for view, heads in enumerate(assignments)
-        for head, tensor in enumerate(heads)
-    }
-
-
-def _check_instances(argument: str, assignments: Heads, like: str, other: Tensor) -> None:
-    """Check that all heads have the rows of `other`, and its device."""
-    for name, tensor in _named(argument, assignments).items():
-        if tensor.shape[0] != other.shape[0]:
-            raise ValueError(
-                f"{name}: expected n = {other.shape[0]} rows as {like} has, "
-                f"got shape {tuple(tensor.shape)}"
-            )
-        _checks.same_device(name, tensor, like, other)
+    return named

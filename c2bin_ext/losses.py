@@ -357,17 +357,16 @@ class C2BINLoss(_Loss):
         given the total, the loss of a micro-batch is that of the batch, and gradients add up.
 
         Args:
-            predictions: (p0, p1), each (n, d).
+            predictions: as for the call of the loss, and so the others.
             targets: (z0, z1), each (n, d).
             assignments: (heads of view 0, heads of view 1), each a sequence of (n, K).
-            target_assignments: as for the call of the loss.
+            target_assignments: likewise of the follower, or None.
 
         Returns:
             A vector, without gradient.
 
         Raises:
-            TypeError: as the call of the loss.
-            ValueError: as the call of the loss.
+            TypeError, ValueError: as the call of the loss.
 
         Examples:
             >>> import torch
@@ -377,8 +376,7 @@ class C2BINLoss(_Loss):
             ...     z, heads = network(images), (network(images).softmax(dim=1),)
             ...     return (z, z), (z, z), (heads, heads)
             >>> micro_batches = torch.randn(3, 8, 5)
-            >>> with torch.no_grad():
-            ...     total = sum(criterion.statistics(*outputs(part)) for part in micro_batches)
+            >>> total = sum(criterion.statistics(*outputs(part)) for part in micro_batches)
             >>> for part in micro_batches:
             ...     criterion(*outputs(part), statistics=total).loss.backward()
 

@@ -29,8 +29,7 @@ class C2BINObjective(nn.Module):
         num_clusters: K of each head.
         normalize: L2-normalise features for the heads, see `MultiScaleClusterHead`.
         hidden_features: width of a hidden layer of the heads, see `MultiScaleClusterHead`.
-        bias: whether the heads' linear map has a bias.
-        cluster_weight: see `C2BINLoss`, as all that follow.
+        cluster_weight: see `C2BINLoss`.
         entropy_weight: see `C2BINLoss`.
         temperature: see `C2BINLoss`.
         similarity: see `C2BINLoss`.
@@ -40,6 +39,7 @@ class C2BINObjective(nn.Module):
         reduction: see `C2BINLoss`.
         gather_distributed: see `C2BINLoss`.
         validate_args: see `C2BINLoss`.
+        bias: whether the heads' linear map has a bias.
 
     Returns:
         Called with `predictions` (p0, p1) of the runner's (the online network's) predictor,
@@ -72,7 +72,6 @@ class C2BINObjective(nn.Module):
         num_clusters: Sequence[int] = (32, 64, 128),
         normalize: bool = True,
         hidden_features: int | None = None,
-        bias: bool = True,
         cluster_weight: float = 0.5,
         entropy_weight: float = 1.0,
         temperature: float = 0.1,
@@ -83,6 +82,7 @@ class C2BINObjective(nn.Module):
         reduction: str = "mean",
         gather_distributed: bool = False,
         validate_args: bool = False,
+        bias: bool = True,
     ) -> None:
         given = dict(locals())
         super().__init__()
@@ -119,24 +119,22 @@ class C2BINObjective(nn.Module):
         Formula: see `functional.c2bin_statistics`; how to use them: see `C2BINLoss.statistics`.
 
         Args:
-            predictions: (p0, p1), each (n, e).
+            predictions: as for the call, and so the others.
             targets: (z0, z1), each (n, e).
             features: (r0, r1), each (n, d).
-            target_features: as for the call.
+            target_features: (f0, f1), each (n, d), or None.
 
         Returns:
             A vector, without gradient.
 
         Raises:
-            TypeError: as the call.
-            ValueError: as the call.
+            TypeError, ValueError: as the call.
 
         Examples:
             >>> import torch
             >>> from c2bin_ext import C2BINObjective
             >>> objective, views = C2BINObjective(8, (4,)), torch.randn(2, 16, 8)
-            >>> total = objective.statistics(views.unbind(), views.unbind(), views.unbind())
-            >>> total.shape  # cosines of two directions, n, 4 x 4 products, 4 sums a view and kind
+            >>> objective.statistics(views.unbind(), views.unbind(), views.unbind()).shape
             torch.Size([35])
 
         Source: `functional.c2bin_statistics`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from torch.nn.functional import pad
 from c2bin_ext._numerics import (
     at_least_float32,
     differentiate,
+    is_batched,
     is_eager,
-    needs_formula,
     smallest_square,
     unit_rows,
     without_autocast,
@@ -68,6 +69,14 @@ class Layout(NamedTuple):
     floors: tuple[float, ...]
 
 
+def of_head(sums: Tensor, head: int, clusters: int) -> Tensor:
+    """Return a view of what is one head's, without what it is filled up with."""
+    own = sums.select(1, head)
+    for dim in range(1, own.ndim):
+        own = own.narrow(dim, 0, clusters)
+    return own
+
+
 class HeadStatistics(NamedTuple):
     """The sums of one group of heads, each filled up with empty clusters to the K of the largest.
 
@@ -90,11 +99,7 @@ class HeadStatistics(NamedTuple):
         return [
             part
             for head, k in enumerate(self.layout.num_clusters)
-            for part in (
-                self.grams[:, head, :k, :k],
-                self.masses[:, head, :k],
-                self.squares[:, head, :k],
-            )
+            for part in (of_head(kind, head, k) for kind in self[:3])
         ]
 
     @classmethod
@@ -164,7 +169,7 @@ class BatchStatistics:
 
     def mass(self) -> Tensor:
         """The mass of all clusters together: n for every view and head, of rows that sum to 1."""
-        return torch.stack([group.masses.sum() for group in self.groups]).sum()
+        return reduce(torch.add, (group.masses.sum() for group in self.groups))
 
     def flat(self) -> Tensor:
         """Return all sums in one vector, which ranks and micro-batches add up."""
@@ -261,33 +266,32 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layout, heads, needed = ctx.layout, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if needs_formula():
+        if torch.is_grad_enabled():  # with create_graph=True, and only then
 
             def formula(*heads: Tensor) -> tuple[Tensor, ...]:
                 return HeadStatistics.joined(_formula(layout, *heads), layout)[:3]
 
             return None, *differentiate(formula, heads, needed, grads)
-        each, pairs = len(layout.num_clusters), layout.pairs
-        grams, masses, squares = (
-            None if grad is None else grad.view(-1, *grad.shape[2:]).unbind() for grad in grads
-        )
-        found: list[Tensor | None] = []
-        for at, (own, need) in enumerate(zip(heads, needed, strict=True)):
-            k = own.shape[1]
-            grad = None
-            if need and masses is not None:
-                grad = masses[at][:k].expand_as(own)
-            if need and grams:
-                gram = grams[at % (pairs * each)][:k, :k]
-                first = at < pairs * each
-                factors = heads[(at + pairs * each) % len(heads)], gram.T if first else gram
-                out = torch.empty_like(own, memory_format=torch.contiguous_format)
-                # With the masses' gradient as the bias of the product.
-                if grad is None:
-                    grad = torch.mm(*factors, out=out)
-                else:
-                    grad = torch.addmm(grad, *factors, out=out)
-                if squares:
-                    grad.addcmul_(own, squares[at][:k], value=2)
-            found.append(grad)
+        each, pairs, batched = len(layout.num_clusters), layout.pairs, is_batched(*grads)
+        found: list[Tensor | None] = [None] * len(heads)
+        for head, k in enumerate(layout.num_clusters):
+            kinds = ([] if kind is None else of_head(kind, head, k).unbind() for kind in grads)
+            grams, masses, squares = kinds
+            for at in range(head, len(heads), each):
+                if not needed[at]:
+                    continue
+                own, view = heads[at], at // each
+                grad = masses[view].expand_as(own) if masses else None
+                if grams:
+                    gram, other = grams[view % pairs], heads[(at + pairs * each) % len(heads)]
+                    factors = other, gram.T if view < pairs else gram
+                    out = None if batched else own.new_empty(own.shape)
+                    # With the masses' gradient as the bias of the product.
+                    product = torch.mm if grad is None else partial(torch.addmm, grad)
+                    grad = product(*factors, out=out)
+                    if squares:
+                        # The output of the product is this function's own.
+                        add = grad.addcmul if batched else grad.addcmul_
+                        grad = add(own, squares[view], value=2)
+                found[at] = grad
         return None, *found

@@ -43,7 +43,7 @@ PAPERS = "the paper's weights"
 WIRING = {"against": "runner", "normalize": False}
 ONCE: Choice = (WIRING, {"temperature": 0.5, "cluster_weight": 2.0})
 # What decided the defaults: the choices that moved most when they were changed one at a time, on
-# features as they are; features of one length came after.
+# features as they are; L2-normalised features came after.
 TOGETHER: dict[str, Choice] = {
     f"{against}, temperature {temperature}, weight {weight}": (
         {"against": against, "normalize": False},
@@ -93,7 +93,7 @@ PRINTED: dict[str, Choice] = {
     "entropy weight 1/n, temperature 16": (WIRING, SCALED | {"temperature": 16.0}),
     "entropy weight 1/n, positive kept": (WIRING, SCALED | {"positive_in_denominator": True}),
     "entropy weight 1/n, cosine": (WIRING, SCALED | {"similarity": "cosine"}),
-    "entropy weight 1/n, against the follower, features of one length": (
+    "entropy weight 1/n, against the follower, L2-normalised features": (
         {"against": "follower", "normalize": True},
         SCALED,
     ),

@@ -312,7 +312,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--normalize",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="features of one length for C2BIN's heads (default: yes; the paper's: no)",
+        help="L2-normalised features for C2BIN's heads (default: yes; the paper's: no)",
     )
     add(
         "--seeds",

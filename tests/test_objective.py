@@ -32,7 +32,7 @@ def test_signature() -> None:
         True,
         None,
     )
-    assert list(known)[4:] == [name for name, _ in signature(C2BINLoss)]
+    assert list(known)[4:] == [*(name for name, _ in signature(C2BINLoss)), "bias"]
     assert {name: known[name] for name, _ in signature(C2BINLoss)} == dict(signature(C2BINLoss))
 
 

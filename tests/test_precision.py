@@ -188,19 +188,18 @@ class TestFunctions:
 
 
 class TestHalf:
-    @contrasts
+    # At τ = 0.02 the gradient itself, 1 / (τ ‖c‖), is beyond float16.
+    @pytest.mark.parametrize("name", [name for name in CONTRASTS if "small" not in name])
     @pytest.mark.parametrize("entry", [6e-8, 1e-6, 1e-4])
     @pytest.mark.parametrize("n", [1, 8])
-    def test_near_dead_column_does_not_overflow(
-        self, n: int, entry: float, options: dict[str, Any]
-    ) -> None:
+    def test_near_dead_column_does_not_overflow(self, n: int, entry: float, name: str) -> None:
         first, second = dead_cluster(n, 4, 0, torch.float16), random_assignments(n, 4, 1)
         first[0, -1] = entry
         assert first[0, -1] > 0
         second[:, 0] = 0.0
         second[-1, 0] = entry
         pair = [first.requires_grad_(), second.half().requires_grad_()]
-        loss = bca_contrastive_loss(*pair, **options)
+        loss = bca_contrastive_loss(*pair, **CONTRASTS[name])
         loss = loss + cluster_entropy_regularizer(pair[0], reduction="sum")
         for gradient in torch.autograd.grad(loss, pair):
             assert gradient.dtype is torch.float16

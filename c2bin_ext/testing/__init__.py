@@ -3,17 +3,10 @@
 Needs the extra `testing` (hypothesis): `pip install "c2bin-ext[testing]"`. `import c2bin_ext` alone
 never imports this module.
 
-Three forms of losses are served, named by `kind`:
-
-| kind | called as |
-| --- | --- |
-| `"assignment"` | `loss(assignments)`, (n, K), rows sum to 1 |
-| `"assignment_pair"` | `loss(assignments0, assignments1)`, one matrix per view |
-| `"embedding_pair"` | `loss(prediction, target)`, (n, d) |
-
-A loss is any callable that returns a scalar tensor: a function, an `nn.Module`, a compiled one, a
-lambda around another library's. `check_invariants` runs every invariant of a kind and reports
-those that do not hold; each is also a function of its own.
+A loss is any callable that returns a scalar tensor, of one of three kinds: `"assignment"`,
+`loss(assignments)`, (n, K) with rows that sum to 1; `"assignment_pair"`, `loss(assignments0,
+assignments1)`; `"embedding_pair"`, `loss(prediction, target)`, (n, d). `check_invariants` checks
+all invariants of a kind, and `check_<name>(loss, kind, **options)` one of them.
 """
 
 try:
@@ -23,25 +16,8 @@ except ImportError as error:
         f'c2bin_ext.testing needs hypothesis ({error}): pip install "c2bin-ext[testing]"'
     ) from error
 
-from c2bin_ext.testing._invariants import (
-    check_additive_over_shards,
-    check_bounds,
-    check_cluster_relabelling,
-    check_column_scale,
-    check_dtype,
-    check_finite,
-    check_gradient,
-    check_instance_permutation,
-    check_lower_precision,
-    check_monotone_entropy,
-    check_no_gradient_to_target,
-    check_positive_scaling,
-    check_value_at_agreement,
-    check_value_at_balance,
-    check_value_at_collapse,
-    check_value_at_uniform,
-    check_view_swap,
-)
+from c2bin_ext.testing import presets
+from c2bin_ext.testing._invariants import REGISTRY, Invariant
 from c2bin_ext.testing._search import InvariantError, LossRaisedError, evaluate, search
 from c2bin_ext.testing._strategies import (
     ASSIGNMENT_KINDS,
@@ -54,41 +30,21 @@ from c2bin_ext.testing._strategies import (
     scales,
     shards,
 )
-from c2bin_ext.testing._suite import InvariantsError, Report, check_invariants, invariants
+from c2bin_ext.testing._suite import (
+    InvariantsError,
+    Report,
+    check_invariants,
+    invariants,
+    parametrize_with_invariants,
+)
 
-__all__ = [
-    "ASSIGNMENT_KINDS",
-    "EMBEDDING_KINDS",
-    "InvariantError",
-    "InvariantsError",
-    "LossRaisedError",
-    "Report",
-    "assignments",
-    "check_additive_over_shards",
-    "check_bounds",
-    "check_cluster_relabelling",
-    "check_column_scale",
-    "check_dtype",
-    "check_finite",
-    "check_gradient",
-    "check_instance_permutation",
-    "check_invariants",
-    "check_lower_precision",
-    "check_monotone_entropy",
-    "check_no_gradient_to_target",
-    "check_positive_scaling",
-    "check_value_at_agreement",
-    "check_value_at_balance",
-    "check_value_at_collapse",
-    "check_value_at_uniform",
-    "check_view_swap",
-    "dtypes",
-    "embeddings",
-    "evaluate",
-    "invariants",
-    "paired_assignments",
-    "paired_embeddings",
-    "scales",
-    "search",
-    "shards",
-]
+__all__ = ["ASSIGNMENT_KINDS", "EMBEDDING_KINDS", "InvariantError", "InvariantsError"]
+__all__ += ["LossRaisedError", "Report", "assignments", "check_invariants", "dtypes", "embeddings"]
+__all__ += ["evaluate", "invariants", "paired_assignments", "paired_embeddings"]
+__all__ += ["parametrize_with_invariants", "presets", "scales", "search", "shards"]
+
+
+def __getattr__(name: str) -> Invariant:
+    if name.startswith("check_") and name.removeprefix("check_") in REGISTRY:
+        return REGISTRY[name.removeprefix("check_")]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,17 @@
-"""The search for a counterexample, and how it is reported."""
+"""The search for a counterexample, and how one is reported."""
 
 from __future__ import annotations
 
-import tempfile
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import torch
-from hypothesis import HealthCheck, Phase, Verbosity, configuration, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from torch import Tensor, nn
@@ -19,69 +20,51 @@ Loss: TypeAlias = Callable[..., Tensor]
 Example: TypeAlias = dict[str, Any]
 
 
-class InvariantError(AssertionError):
-    """An invariant that a loss does not keep.
-
-    Args:
-        invariant: name of the invariant.
-        formula: what should hold.
-        loss: name of the loss.
-        problem: what was found instead.
-        example: the inputs by name, the smallest that hypothesis found.
-    """
-
+class _Counterexample(Exception):  # noqa: N818
     def __init__(
-        self, invariant: str, formula: str, loss: str, problem: str, example: Example
+        self, invariant: str, formula: str, loss: str, problem: str, example: Mapping[str, object]
     ) -> None:
         self.invariant, self.formula, self.loss = invariant, formula, loss
         self.problem, self.example = problem, example
-        super().__init__(
-            f"{invariant} does not hold for {loss}\n" + _body(formula, problem, example)
-        )
+        # The cause is in the first line, the only one that a summary of pytest has.
+        head = [f"{invariant}: {problem}", f"  loss: {loss}", f"  should hold: {formula}"]
+        lines = [*head, "  smallest example:"]
+        lines += [f"    {name} = {show(value)}" for name, value in example.items()]
+        super().__init__("\n".join(lines))
 
 
-class LossRaisedError(RuntimeError):
-    """A loss that raised instead of returning a scalar; the exception is its `__cause__`.
+class InvariantError(_Counterexample, AssertionError):
+    """An `invariant` whose `formula` a `loss` does not keep: the `problem`, and an `example`."""
 
-    Args:
-        invariant: name of the invariant that was being checked.
-        formula: what should hold.
-        loss: name of the loss.
-        problem: type and message of the exception.
-        example: the inputs by name, the smallest that hypothesis found.
-    """
-
-    def __init__(
-        self, invariant: str, formula: str, loss: str, problem: str, example: Example
-    ) -> None:
-        self.invariant, self.formula, self.loss = invariant, formula, loss
-        self.problem, self.example = problem, example
-        super().__init__(
-            f"{loss} raised while {invariant} was checked\n" + _body(formula, problem, example)
-        )
+    __module__ = "c2bin_ext.testing"  # where users import it, and short in a summary
 
 
-class _Falsified(Exception):  # noqa: N818
-    def __init__(self, example: Example, problem: str) -> None:
-        self.example, self.problem = example, problem
+class LossRaisedError(_Counterexample, RuntimeError):
+    """A `loss` that raised or returned no scalar, as InvariantError; `__cause__` is the error."""
+
+    __module__ = "c2bin_ext.testing"
 
 
-class _Raised(Exception):  # noqa: N818
-    def __init__(self, error: Exception) -> None:
-        self.error, self.example = error, Example()
+class _Falsified(Exception): ...  # noqa: N818
+
+
+class _Raised(Exception): ...  # noqa: N818
+
+
+class _NoScalarError(TypeError): ...
 
 
 def search(
     invariant: str,
     formula: str,
     loss: Callable[..., object],
-    examples: st.SearchStrategy[Example],
-    problem: Callable[[Example], str | None],
+    examples: st.SearchStrategy[Any],
+    problem: Callable[[Any], str | None],
     *,
     max_examples: int = 50,
     derandomize: bool = True,
 ) -> None:
-    """Look for an example with a problem, shrink it and raise: what every check is made of.
+    """Look for an example with a problem, shrink it and raise: for checks of one's own.
 
     Formula: `problem(example) is None` for all examples. Calls of the loss inside `problem` go
     through `evaluate`, so that its exceptions are told from violations.
@@ -89,7 +72,7 @@ def search(
     Args:
         invariant: name for the report.
         formula: what should hold, for the report.
-        loss: what is checked; read for its name alone.
+        loss: what is checked; only its name is read.
         examples: strategy of dicts from the names of inputs to their values.
         problem: says what is wrong with an example, None where nothing is. It must not change it.
         max_examples: how many examples to try before shrinking.
@@ -102,104 +85,95 @@ def search(
         InvariantError: an example has a problem, or the loss differs from call to call.
         LossRaisedError: the loss raised.
 
+    Source: MacIver et al., "Hypothesis: A new approach to property-based testing".
+
     Examples:
-        >>> from hypothesis import strategies as st
-        >>> from c2bin_ext.testing import assignments, search
+        >>> from c2bin_ext.testing import assignments
         >>> examples = st.fixed_dictionaries({"view": assignments(rows=2, clusters=2)})
-        >>> def hard(example):
-        ...     return None if example["view"].max() == 1 else "no entry is 1"
-        >>> search("hard", "max P = 1", max, examples, hard)
+        >>> soft = lambda example: "no entry is 1" if example["view"].max() < 1 else None
+        >>> search("hard", "max P = 1", max, examples, soft)
         Traceback (most recent call last):
         ...
-        c2bin_ext.testing._search.InvariantError: hard does not hold for max
+        c2bin_ext.testing.InvariantError: hard: no entry is 1
+          loss: max
           should hold: max P = 1
-          found: no entry is 1
           smallest example:
             view = torch.tensor([[1/2, 1/2], [1/2, 1/2]])
-
-    Source: hypothesis, MacIver et al., "Hypothesis: A new approach to property-based testing".
     """
-    last: list[Example] = []
+    __tracebackhide__ = True
+    last, found, cause = Example(), "", None
 
     def holds(example: Example) -> None:
-        last[:] = [example]
-        try:
-            found = problem(example)
-        except _Raised as raised:
-            raised.example = example
-            raise
-        if found is not None:
-            raise _Falsified(example, found)
+        nonlocal last, found
+        last, found = example, ""
+        if found := problem(example) or "":
+            raise _Falsified
 
-    configured = settings(
-        max_examples=max_examples,
-        derandomize=derandomize,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-        print_blob=False,
-        verbosity=Verbosity.quiet,
-        phases=(Phase.generate, Phase.shrink),
-    )
-    name = name_of(loss)
-    with _no_litter():
+    # A loss is checked as often as that, whatever hypothesis thinks of it, and nothing is kept.
+    options: dict[str, Any] = {"max_examples": max_examples, "derandomize": derandomize}
+    options |= {"database": None, "deadline": None, "report_multiple_bugs": False}
+    options |= {
+        "suppress_health_check": list(HealthCheck),
+        "phases": (Phase.generate, Phase.shrink),
+    }
+    with _no_constants():
         try:
-            configured(given(examples)(holds))()
-        except _Falsified as failure:
-            found, example, cause = failure.problem, failure.example, None
+            run = given(examples)(holds)
+            settings(**options, verbosity=Verbosity.quiet, print_blob=False)(run)()
+        except _Falsified:
+            pass
         except _Raised as raised:
-            cause, example = raised.error, raised.example
-            found = f"{type(cause).__name__}: {cause}"
+            cause = raised.__cause__
+            named = "" if isinstance(cause, _NoScalarError) else f"{type(cause).__name__}: "
+            found = f"{'the loss raised ' if named else ''}{named}{' '.join(str(cause).split())}"
         except Flaky:
-            found, example, cause = "a problem at one call and none at the next", last[0], None
+            found = "a problem at one call and none at the next"
         else:
             return
     # Outside the handlers, so that hypothesis' frames are not part of the traceback.
-    if cause is not None:
-        raise LossRaisedError(invariant, formula, name, found, example) from cause
-    raise InvariantError(invariant, formula, name, found, example)
+    error = InvariantError if cause is None else LossRaisedError
+    raise error(invariant, formula, name_of(loss), found, last) from cause
 
 
 @contextmanager
 def calling() -> Iterator[None]:
     """Mark a call of the loss under test: its exceptions are not those of the check."""
+    __tracebackhide__ = True
     try:
         yield
     except Exception as error:
-        raise _Raised(error) from error
+        raise _Raised from error
 
 
 def evaluate(loss: Loss, inputs: Sequence[Tensor]) -> Tensor:
     """Call the loss under test on copies of the inputs, for checks made with `search`.
 
-    Formula: `L(x)`. A loss may write into what it is given, and an exception that it raises is told
-    from one of the check.
+    Formula: `L(x)`.
 
     Args:
-        loss: the loss.
+        loss: the loss, which may write into what it is given.
         inputs: its arguments.
 
     Returns:
         The loss, a tensor of one element.
 
     Raises:
-        Exception: inside `search`, whatever the loss raised; `search` makes it a `LossRaisedError`.
-
-    Examples:
-        >>> import torch
-        >>> from c2bin_ext.testing import evaluate
-        >>> evaluate(torch.sum, [torch.eye(2)])
-        tensor(2.)
+        Exception: what `search` takes for an exception of the loss.
 
     Source: the page on the testing kit.
+
+    Examples:
+        >>> evaluate(torch.sum, [torch.eye(2)])
+        tensor(2.)
     """
+    __tracebackhide__ = True
     with calling():
         return _scalar(loss(*(tensor.detach().clone() for tensor in inputs)))
 
 
 def differentiate(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """Return the loss and its gradient for each input, None where it does not depend on one."""
+    __tracebackhide__ = True
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     with calling():
         value = _scalar(loss(*leaves))
@@ -210,72 +184,52 @@ def differentiate(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Te
 
 def name_of(loss: Callable[..., object]) -> str:
     """Return how to call a loss in a message: short, and with the line for a lambda."""
-    if isinstance(loss, nn.Module):
-        text = " ".join(repr(loss).split())
-        return text if len(text) <= 160 else f"{type(loss).__name__}(...)"
-    text = getattr(loss, "__name__", None) or " ".join(repr(loss).split())
-    code = getattr(loss, "__code__", None)
-    if text == "<lambda>" and code is not None:
+    text = " ".join((getattr(loss, "__name__", None) or repr(loss)).split())
+    if isinstance(loss, nn.Module) and len(text) > 160:
+        return f"{type(loss).__name__}(...)"
+    if text == "<lambda>" and (code := getattr(loss, "__code__", None)) is not None:
         return f"the lambda in {Path(code.co_filename).name}, line {code.co_firstlineno}"
-    return str(text)
+    return text
 
 
 def _scalar(value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"expected the loss to return a scalar tensor, got {type(value).__name__}")
-    if value.numel() != 1:
-        raise ValueError(
-            f"expected the loss to return a scalar tensor, got shape {tuple(value.shape)}"
-        )
-    return value
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        return value
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        got = f"shape {tuple(value.shape)}" if value.numel() != 1 else str(value.dtype)
+    raise _NoScalarError(f"expected the loss to return a scalar tensor, got {got}")
 
 
-@contextmanager
-def _no_litter() -> Iterator[None]:
-    # Without a database hypothesis still caches the constants of the modules it has seen, in
-    # .hypothesis of the working directory.
-    before = getattr(configuration, "__hypothesis_home_directory", None)
-    with tempfile.TemporaryDirectory(prefix="c2bin-testing-") as folder:
-        configuration.set_hypothesis_home_dir(folder)
-        try:
-            yield
-        finally:
-            configuration.set_hypothesis_home_dir(before)
-
-
-def _body(formula: str, problem: str, example: Mapping[str, object]) -> str:
-    lines = [f"  should hold: {formula}", f"  found: {problem}", "  smallest example:"]
-    lines += [f"    {name} = {show(value)}" for name, value in example.items()]
-    return "\n".join(lines)
+def _no_constants() -> AbstractContextManager[object]:
+    # Hypothesis mixes constants of the modules that happen to be loaded into what it draws, and
+    # caches them in the working directory. Examples must not depend on what else is imported.
+    providers = sys.modules.get("hypothesis.internal.conjecture.providers")
+    if providers is None or not hasattr(providers, "_get_local_constants"):
+        return nullcontext()
+    none, cache = providers.Constants(), providers.CONSTANTS_CACHE
+    new = {"_get_local_constants": lambda: none, "CONSTANTS_CACHE": type(cache)(cache.max_size)}
+    both: AbstractContextManager[object] = patch.multiple(providers, **new)
+    return both
 
 
 def show(value: object) -> str:
     """Return Python that makes a value again, with simple fractions in place of decimals."""
     if not isinstance(value, Tensor):
         return repr(value)
-    cells = value.detach().cpu().reshape(value.shape[0], -1) if value.ndim else value.reshape(1, 1)
-    rows = [f"[{', '.join(_number(cell) for cell in row)}]" for row in cells]
-    dtype = "" if value.dtype is torch.float32 else f", dtype={value.dtype}"
-    if value.ndim < 2:
-        text = rows[0][1:-1] if not value.ndim else ", ".join(row[1:-1] for row in rows)
-        return f"torch.tensor({text if not value.ndim else f'[{text}]'}{dtype})"
-    joined = ", ".join(rows)
-    if len(joined) > 70:
-        joined = ("," + "\n" + " " * 8).join(rows)
-        joined = "\n" + " " * 8 + joined + "\n" + " " * 4
-    return f"torch.tensor([{joined}]{dtype})"
-
-
-def _number(cell: Tensor) -> str:
-    value = cell.item()
-    if not torch.isfinite(cell):
-        return f"float('{value}')"
-    simple = Fraction(value).limit_denominator(64)
     # Arithmetic on float64 leaves thirds and sixths a unit in the last place off.
-    slack = 4e-16 * abs(value) if cell.dtype is torch.float64 else 0.0
-    rounded = torch.tensor(float(simple), dtype=cell.dtype).item()
-    if simple and abs(rounded - value) <= slack:
-        return str(simple) if simple.denominator > 1 or abs(simple) < 1e6 else repr(value)
-    if not value:
-        return "0"
-    return f"{value:.9g}" if cell.dtype is not torch.float64 else repr(value)
+    slack = 4e-16 if value.dtype is torch.float64 else 0.0
+
+    def text(cell: Any) -> str:
+        if isinstance(cell, list):
+            return f"[{', '.join(map(text, cell))}]"
+        if not abs(cell) < float("inf"):
+            return f"float('{cell}')"
+        simple = Fraction(cell).limit_denominator(64)
+        rounded = torch.tensor(float(simple), dtype=value.dtype).item()
+        if abs(simple) < 1e6 and abs(rounded - cell) <= slack * abs(cell):
+            return str(simple)
+        return repr(cell) if value.dtype is torch.float64 else f"{cell:.9g}"
+
+    dtype = "" if value.dtype is torch.float32 else f", dtype={value.dtype}"
+    return f"torch.tensor({text(value.tolist())}{dtype})"

@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--normalize",
         action="store_true",
-        help="features of one length for the heads (default: as they are, as in the paper)",
+        help="L2-normalised features for the heads (default: as they are, as in the paper)",
     )
     parser.add_argument(
         "--no-online-knn",

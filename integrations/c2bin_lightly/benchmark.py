@@ -64,7 +64,8 @@ class C2BINResNet50(C2BIN):
         knn_t: Temperature of the online kNN.
         num_clusters: K of each head.
         loss: The objective, if not that of Table 7. It is not stored in checkpoints.
-        normalize, against: As in `C2BIN`; by default as in the paper, like the rest of Table 7.
+        normalize: As in `C2BIN`; by default as in the paper, like the rest of Table 7.
+        against: As in `C2BIN`; likewise.
 
     Raises:
         ValueError: One of knn_k and knn_t without the other.
