@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TINY := --limit 60 --limit-test 40 --batch-size 20 --epochs 1 --seeds 0
 
-.PHONY: help setup demo test lint types unit docs package examples benchmark mutation mutation-kit clean
+.PHONY: help setup demo test lint types unit docs package examples benchmark oldest mutation \
+    mutation-kit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -60,6 +61,20 @@ benchmark: setup  ## cost of the losses, of a training step, and over processes
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --out docs/results
 	$(BIN)/python examples/benchmarks/pipeline_cost.py --batch-size 64 --out docs/results
 
+OLDEST_VENV := .venv-oldest
+OLDEST_TORCH := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
+OLDEST_PYTHON ?= python$(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+
+oldest: $(OLDEST_VENV)/installed  ## the core's tests with the oldest Python and torch (downloads 2.5 GB)
+	$(OLDEST_VENV)/bin/python -m pytest -rs tests/test_*.py
+
+# That torch was built against numpy 1.
+$(OLDEST_VENV)/installed: pyproject.toml
+	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet 'torch==$(OLDEST_TORCH).*' 'numpy<2' \
+	    -e '.[eval,testing]' pytest pytest-timeout
+	@touch $@
+
 mutation: setup  ## mutation testing of the core with the fast tests (minutes to an hour)
 	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'
 	HYPOTHESIS_PROFILE=mutation $(BIN)/mutmut run
@@ -77,4 +92,4 @@ mutation-kit: setup  ## the same of the testing kit (one to two hours)
 	cd $(KIT) && $(abspath $(BIN))/mutmut results
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build mutants site
+	rm -rf $(VENV) $(OLDEST_VENV) build mutants site
