@@ -145,13 +145,13 @@ def test_shards_are_uneven() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: testing.assignments(clusters=1), "clusters: expected an int >= 2"),
-        (lambda: testing.assignments(rows=(3, 2)), "rows: expected an int >= 1"),
+        (lambda: testing.assignments(clusters=1), "clusters: expected an int or range >= 2"),
+        (lambda: testing.assignments(rows=(3, 2)), "rows: expected an int or range >= 1"),
         (lambda: testing.assignments(kinds=["soft"]), "kinds: expected a sequence out of"),
-        (lambda: testing.embeddings(features=0), "features: expected an int >= 1"),
+        (lambda: testing.embeddings(features=0), "features: expected an int or range >= 1"),
         (lambda: testing.paired_embeddings(relations=[]), "relations: expected a sequence"),
         (lambda: testing.scales(clusters=1), "clusters: expected"),
-        (lambda: testing.dtypes(only=[]), "only: expected one dtype"),
+        (lambda: testing.dtypes(only=[]), "only: expected a sequence"),
     ],
 )
 def test_wrong_arguments_of_strategies(make: Callable[[], Any], message: str) -> None:
