@@ -120,7 +120,7 @@ class Trial(dict[str, Any]):
     def without_ties(self, rows: int) -> list[Tensor]:
         # Ties, of which integers that hypothesis shrinks are full, would cancel entries, and sit on
         # the kinks of a max or a hinge. The half keeps entries of embeddings off zero.
-        size = self.shape(rows, 2, (4, 4))
+        size = self.shape(rows, 2, (3, 4))
         drawn = torch.Generator().manual_seed(self.sample(st.integers(0, 99)))
         views = [torch.randint(1, 1000, list(size), generator=drawn).double() for _ in self.names]
         if self.embedded:

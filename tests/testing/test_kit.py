@@ -209,7 +209,7 @@ def test_inputs_without_ties_have_none(kind: Any) -> None:
         return torch.tensor(1.0 * len(seen), dtype=torch.float64)
 
     for shape in ((2, 2), (3, 2), (2, 3), (4, 4)):
-        check_every_input_matters(loss, kind, shapes=[shape], max_examples=100)
+        check_every_input_matters(loss, kind, shapes=[shape], max_examples=50)
     for view in seen:
         unit = torch.nn.functional.normalize(view)
         assert (unit @ unit.T - 2 * torch.eye(len(view))).max() < 1 - 1e-9
@@ -282,7 +282,7 @@ def test_loss_that_differs_from_call_to_call() -> None:
     with pytest.raises(
         InvariantError, match=r"^bounds: a problem at one call and none at the next"
     ):
-        check_bounds(loss, ONE)
+        check_bounds(loss, ONE, upper=1)
 
 
 def test_losses_may_write_into_their_inputs() -> None:
@@ -339,7 +339,7 @@ def test_report() -> None:
     lines = str(report).split("\n")
     assert lines[0].startswith("BCAContrastiveLoss(")
     assert lines[0].endswith(": 1 of 2 hold")
-    assert lines[1].startswith("  view_swap: 0.693147181, and swapped ")
+    assert re.fullmatch(r"  view_swap: [\d.]+, and swapped [\d.]+", lines[1])
     assert lines[-2] == "  hold: dtype"
     # All that were skipped are in one line.
     assert lines[-1] == f"  skipped: {', '.join(report.skipped)}"
@@ -348,7 +348,9 @@ def test_report() -> None:
 
 def test_examples_repeat_whatever_is_imported() -> None:
     def messages() -> list[str]:
-        report = check_invariants(lambda a, b: a.norm() + b.max(), raises=False, max_examples=15)
+        only = ["view_swap", "positive_scaling", "every_input_matters", "follows_formula"]
+        loss = lambda a, b: a.norm() + b.max()  # noqa: E731
+        report = check_invariants(loss, only=only, raises=False, max_examples=15)
         return [str(error) for error in report.failed.values()]
 
     first = messages()
@@ -360,7 +362,7 @@ def test_examples_repeat_whatever_is_imported() -> None:
         assert messages() == first
     finally:
         del sys.modules["a_module_of_mine"]
-    assert check_invariants(nce, only=["gradient"], derandomize=False, max_examples=200).passed
+    assert check_invariants(nce, only=["gradient"], derandomize=False).passed
 
 
 def test_names() -> None:
@@ -485,7 +487,7 @@ def test_parametrized_tests_in_pytest(tmp_path: Path) -> None:
 from c2bin_ext.testing import check_invariants, parametrize_with_invariants
 
 def mine(assignments):
-    return assignments.sum() * 0 + 1
+    return assignments.sum() * 0 - 1
 
 @parametrize_with_invariants(mine, "assignment", max_examples=5, only=["bounds", "dtype", "finite",
     "every_input_matters"])
@@ -506,7 +508,7 @@ def test_by_name(loss, invariant):
     summary = [line for line in run.stdout.split("\n") if line.startswith("FAILED")]
     assert summary[0].startswith(
         "FAILED test_mine.py::test_mine[every_input_matters] - c2bin_ext.testing.InvariantError: "
-        "every_input_matters: row 0, column 0 of `assignments` does not matter: L stays 1"
+        "every_input_matters: row 0, column 0 of `assignments` does not matter: L stays -1"
     )
     assert "_suite.py" not in run.stdout
     assert "_search.py" not in run.stdout
@@ -544,8 +546,11 @@ def test_sums_over_shards() -> None:
     assert caught.value.example["shards"] == (1, 1)
     with pytest.raises(InvariantError, match=r"from sums over shards .*2.*, whole .*1"):
         check_additive_over_shards(lambda a, b: [a.sum(), b.mean() * b.shape[1]], PAIR)
+    nearly = lambda view: view.sum() + 1e-3  # noqa: E731
     with pytest.raises(InvariantError):
-        check_additive_over_shards(functional.cluster_mass, rtol=0, atol=-1.0)
+        check_additive_over_shards(nearly)
+    check_additive_over_shards(nearly, atol=1e-2)
+    check_additive_over_shards(nearly, rtol=1e-2)
     with pytest.raises(LossRaisedError, match="KeyError"):
         check_additive_over_shards({}.__getitem__)
 
