@@ -255,7 +255,7 @@ class Trial(dict[str, Any]):
                 return f"gradient of `{name}` {show(slopes)}"
         return None
 
-    @Invariant(ALL, "autograd = finite differences", of=None, rtol=1e-3, atol=1e-5).of
+    @Invariant(ALL, "autograd = numeric; 0 for the target", of=None, rtol=1e-3, atol=1e-5).of
     def gradient(self) -> Problem:
         """of inputs that `of` names, all but the target by default; others, such as it, get none"""
         views = self.without_ties(1)
