@@ -12,7 +12,7 @@ from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from torch import Tensor
 
 from c2bin_ext.testing import check_invariants
-from c2bin_ext.testing.presets import aligned, infonce
+from c2bin_ext.testing.presets import alignment, follows, infonce
 
 torch.set_num_threads(1)
 ntxent_loss = NTXentLoss(temperature=0.5)
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     # A cluster is contrasted with the others of both views, its own one included.
     preset = infonce(0.5, own_view=True)
     print(check_invariants(ntxent_of_clusters, "assignment_pair", preset=preset, raises=False))
-    preset = aligned(offset=-1)
+    preset = follows(lambda p, z: alignment(p, z) - 1, -1, 1)
     print(
         check_invariants(negative_cosine_similarity, "embedding_pair", preset=preset, raises=False)
     )

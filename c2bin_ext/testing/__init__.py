@@ -1,20 +1,14 @@
 """Hypothesis strategies and invariant checks for losses on embeddings and cluster assignments.
 
-Needs the extra `testing` (hypothesis): `pip install "c2bin-ext[testing]"`. `import c2bin_ext` alone
-never imports this module.
-
-A loss is any callable that returns a scalar tensor, of one of three kinds: `"assignment"`,
-`loss(assignments)`, (n, K) with rows that sum to 1; `"assignment_pair"`, `loss(assignments0,
-assignments1)`; `"embedding_pair"`, `loss(prediction, target)`, (n, d). `check_invariants` checks
-all invariants of a kind, and `check_<name>(loss, kind, **options)` one of them.
+A loss is any callable that returns a scalar tensor, of a kind: `"assignment"`, `loss(view)`,
+(n, K) with rows that sum to 1; `"assignment_pair"`, `loss(view0, view1)`; `"embedding_pair"`,
+`loss(prediction, target)`, (n, d). `check_<name>(loss, kind, **options)` checks one invariant.
 """
 
 try:
     import hypothesis  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f'c2bin_ext.testing needs hypothesis ({error}): pip install "c2bin-ext[testing]"'
-    ) from error
+    raise ImportError('expected hypothesis: pip install "c2bin-ext[testing]"') from error
 
 from c2bin_ext.testing import presets
 from c2bin_ext.testing._invariants import REGISTRY, Invariant

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from unittest.mock import patch
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
-from torch import Tensor, nn
+from torch import Tensor
 
 Loss: TypeAlias = Callable[..., Tensor]
 Example: TypeAlias = dict[str, Any]
 
 
 class _Counterexample(Exception):  # noqa: N818
-    def __init__(
-        self, invariant: str, formula: str, loss: str, problem: str, example: Mapping[str, object]
-    ) -> None:
+    def __init__(self, invariant: str, formula: str, loss: str, problem: str, example: Example):
         self.invariant, self.formula, self.loss = invariant, formula, loss
         self.problem, self.example = problem, example
         # The cause is in the first line, the only one that a summary of pytest has.
@@ -67,16 +66,13 @@ def search(
     """Look for an example with a problem, shrink it and raise: for checks of one's own.
 
     Formula: `problem(example) is None` for all examples. Calls of the loss inside `problem` go
-    through `evaluate`, so that its exceptions are told from violations.
+    through `evaluate`, so that its exceptions are told from violations. Source: hypothesis.
 
     Args:
-        invariant: name for the report.
-        formula: what should hold, for the report.
-        loss: what is checked; only its name is read.
+        invariant: name for the report, like formula, what should hold, and loss, what is checked.
         examples: strategy of dicts from the names of inputs to their values.
         problem: says what is wrong with an example, None where nothing is. It must not change it.
-        max_examples: how many examples to try before shrinking.
-        derandomize: try the same examples at every run.
+        max_examples: how many to try before shrinking; derandomize tries the same at every run.
 
     Returns:
         None, where no counterexample was found.
@@ -85,20 +81,10 @@ def search(
         InvariantError: an example has a problem, or the loss differs from call to call.
         LossRaisedError: the loss raised.
 
-    Source: MacIver et al., "Hypothesis: A new approach to property-based testing".
-
     Examples:
         >>> from c2bin_ext.testing import assignments
         >>> examples = st.fixed_dictionaries({"view": assignments(rows=2, clusters=2)})
-        >>> soft = lambda example: "no entry is 1" if example["view"].max() < 1 else None
-        >>> search("hard", "max P = 1", max, examples, soft)
-        Traceback (most recent call last):
-        ...
-        c2bin_ext.testing.InvariantError: hard: no entry is 1
-          loss: max
-          should hold: max P = 1
-          smallest example:
-            view = torch.tensor([[1/2, 1/2], [1/2, 1/2]])
+        >>> search("sums", "Σ_k P[i, k] = 1", max, examples, lambda example: None)
     """
     __tracebackhide__ = True
     last, found, cause = Example(), "", None
@@ -112,20 +98,19 @@ def search(
     # A loss is checked as often as that, whatever hypothesis thinks of it, and nothing is kept.
     options: dict[str, Any] = {"max_examples": max_examples, "derandomize": derandomize}
     options |= {"database": None, "deadline": None, "report_multiple_bugs": False}
-    options |= {
-        "suppress_health_check": list(HealthCheck),
-        "phases": (Phase.generate, Phase.shrink),
-    }
+    options |= {"verbosity": Verbosity.quiet, "print_blob": False}
+    options |= {"suppress_health_check": [*HealthCheck], "phases": [Phase.generate, Phase.shrink]}
     with _no_constants():
         try:
-            run = given(examples)(holds)
-            settings(**options, verbosity=Verbosity.quiet, print_blob=False)(run)()
+            settings(**options)(given(examples)(holds))()
         except _Falsified:
             pass
         except _Raised as raised:
             cause = raised.__cause__
-            named = "" if isinstance(cause, _NoScalarError) else f"{type(cause).__name__}: "
-            found = f"{'the loss raised ' if named else ''}{named}{' '.join(str(cause).split())}"
+            named = (
+                "" if type(cause) is _NoScalarError else f"the loss raised {type(cause).__name__}: "
+            )
+            found = named + " ".join(str(cause).split())
         except Flaky:
             found = "a problem at one call and none at the next"
         else:
@@ -148,19 +133,16 @@ def calling() -> Iterator[None]:
 def evaluate(loss: Loss, inputs: Sequence[Tensor]) -> Tensor:
     """Call the loss under test on copies of the inputs, for checks made with `search`.
 
-    Formula: `L(x)`.
+    Formula: `L(x)`. Source: the page on the testing kit.
 
     Args:
-        loss: the loss, which may write into what it is given.
-        inputs: its arguments.
+        loss: the loss, which may write into what it is given: copies of the `inputs`.
 
     Returns:
         The loss, a tensor of one element.
 
     Raises:
         Exception: what `search` takes for an exception of the loss.
-
-    Source: the page on the testing kit.
 
     Examples:
         >>> evaluate(torch.sum, [torch.eye(2)])
@@ -185,49 +167,43 @@ def differentiate(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Te
 def name_of(loss: Callable[..., object]) -> str:
     """Return how to call a loss in a message: short, and with the line for a lambda."""
     text = " ".join((getattr(loss, "__name__", None) or repr(loss)).split())
-    if isinstance(loss, nn.Module) and len(text) > 160:
-        return f"{type(loss).__name__}(...)"
     if text == "<lambda>" and (code := getattr(loss, "__code__", None)) is not None:
         return f"the lambda in {Path(code.co_filename).name}, line {code.co_firstlineno}"
-    return text
+    return text if len(text) <= 160 else f"{type(loss).__name__}(...)"
 
 
 def _scalar(value: object) -> Tensor:
     if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
         return value
-    got = type(value).__name__
-    if isinstance(value, Tensor):
-        got = f"shape {tuple(value.shape)}" if value.numel() != 1 else str(value.dtype)
+    got = f"{value.dtype}, {value.shape}" if isinstance(value, Tensor) else type(value).__name__
     raise _NoScalarError(f"expected the loss to return a scalar tensor, got {got}")
 
 
 def _no_constants() -> AbstractContextManager[object]:
     # Hypothesis mixes constants of the modules that happen to be loaded into what it draws, and
     # caches them in the working directory. Examples must not depend on what else is imported.
-    providers = sys.modules.get("hypothesis.internal.conjecture.providers")
-    if providers is None or not hasattr(providers, "_get_local_constants"):
+    providers: Any = sys.modules.get("hypothesis.internal.conjecture.providers")
+    if not hasattr(providers, "_get_local_constants"):
         return nullcontext()
-    none, cache = providers.Constants(), providers.CONSTANTS_CACHE
-    new = {"_get_local_constants": lambda: none, "CONSTANTS_CACHE": type(cache)(cache.max_size)}
-    both: AbstractContextManager[object] = patch.multiple(providers, **new)
-    return both
+    constants, cache = providers.Constants(), type(providers.CONSTANTS_CACHE)(1)
+    new = {"_get_local_constants": lambda: constants, "CONSTANTS_CACHE": cache}
+    return cast("AbstractContextManager[object]", patch.multiple(providers, **new))
 
 
 def show(value: object) -> str:
     """Return Python that makes a value again, with simple fractions in place of decimals."""
     if not isinstance(value, Tensor):
         return repr(value)
-    # Arithmetic on float64 leaves thirds and sixths a unit in the last place off.
-    slack = 4e-16 if value.dtype is torch.float64 else 0.0
 
     def text(cell: Any) -> str:
         if isinstance(cell, list):
             return f"[{', '.join(map(text, cell))}]"
-        if not abs(cell) < float("inf"):
+        if not math.isfinite(cell):
             return f"float('{cell}')"
         simple = Fraction(cell).limit_denominator(64)
-        rounded = torch.tensor(float(simple), dtype=value.dtype).item()
-        if abs(simple) < 1e6 and abs(rounded - cell) <= slack * abs(cell):
+        again = torch.tensor(float(simple), dtype=value.dtype).item()
+        # Arithmetic on float64 leaves thirds and sixths a unit in the last place off.
+        if abs(simple) < 1e6 and math.isclose(again, cell, rel_tol=4e-16):
             return str(simple)
         return repr(cell) if value.dtype is torch.float64 else f"{cell:.9g}"
 

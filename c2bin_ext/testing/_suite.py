@@ -10,17 +10,14 @@ from typing import Any
 
 import torch
 
-from c2bin_ext.testing._invariants import ALL, REGISTRY, Kind
+from c2bin_ext.testing._invariants import ALL, REGISTRY, SHARDS, Kind
 from c2bin_ext.testing._search import InvariantError, Loss, LossRaisedError, name_of
 from c2bin_ext.testing.presets import Preset
 
 
 @dataclass(frozen=True)
 class Report:
-    """Which invariants a `loss` keeps: `passed`, `skipped`, and by name the error of each `failed`.
-
-    It prints with the smallest example of each that does not hold.
-    """
+    """Which invariants a `loss` keeps, and by name the error, with an example, of each `failed`."""
 
     loss: str
     passed: tuple[str, ...]
@@ -53,12 +50,10 @@ def invariants(kind: Kind) -> tuple[str, ...]:
         kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
 
     Returns:
-        The names, in the order of a report.
+        The names, in the order of a report and of the docs' table. Source: that table.
 
     Raises:
         ValueError: an unknown kind.
-
-    Source: the table of the page on the testing kit.
 
     Examples:
         >>> invariants("assignment")[:3]
@@ -66,8 +61,7 @@ def invariants(kind: Kind) -> tuple[str, ...]:
     """
     if kind not in ALL:
         raise ValueError(f"kind: expected one of {ALL}, got {kind!r}")
-    of_statistics = "additive_over_shards"
-    return tuple(n for n, found in REGISTRY.items() if kind in found.kinds and n != of_statistics)
+    return tuple(n for n, found in REGISTRY.items() if kind in found.kinds and n != SHARDS)
 
 
 def check_invariants(
@@ -86,20 +80,16 @@ def check_invariants(
 ) -> Report:
     """Check every invariant of a kind of loss, and report all that do not hold.
 
-    Formula: the conjunction of `invariants(kind)`, less `skip`. Additivity over shards is about a
-    statistic rather than a loss: see `check_additive_over_shards`.
+    Formula: the conjunction of `invariants(kind)`, less `skip`. Source: the testing kit's page.
 
     Args:
         loss: what to check, any callable that returns a scalar tensor.
         kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
         preset: options and skips of a usual form, from `c2bin_ext.testing.presets`.
-        only: names of the invariants to check; all of the kind by default.
-        skip: names of the invariants that the loss is not meant to keep.
-        options: by name of the invariant, its options, such as `{"bounds": {"upper": 2}}`. Bounds
-            and values are C2BIN's defaults unless given.
+        only: names of the invariants to check, of all of the kind; skip names those not to.
+        options: by name of the invariant, its options, such as `{"bounds": {"upper": 2}}`.
         raises: raise where an invariant does not hold; False leaves that to the caller.
-        max_examples: how many examples to try for each invariant.
-        derandomize: try the same examples at every run; False looks elsewhere each time.
+        max_examples: to try for each; derandomize tries the same at every run.
         shapes: the (n, K) or (n, d) to draw from, such as a single one for a compiled loss.
         device: where the inputs lie.
 
@@ -110,8 +100,6 @@ def check_invariants(
         InvariantsError: an invariant does not hold, or the loss raised; has the `report`.
         ValueError: a name, kind or option that does not exist.
 
-    Source: the table of the page on the testing kit.
-
     Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
         >>> check_invariants(ClusterEntropyRegularizer(), "assignment", max_examples=20).passed[:2]
@@ -120,16 +108,15 @@ def check_invariants(
     __tracebackhide__ = True
     search = {"max_examples": max_examples, "derandomize": derandomize, "shapes": shapes}
     checks = _chosen(kind, preset, only, skip, options, device=device, **search)
-    passed, failed = [], dict[str, InvariantError | LossRaisedError]()
+    failed: dict[str, InvariantError | LossRaisedError] = {}
     for name, check in checks.items():
         try:
             check(loss)
         except (InvariantError, LossRaisedError) as error:
             failed[name] = error
-        else:
-            passed.append(name)
+    passed = tuple(name for name in checks if name not in failed)
     skipped = tuple(name for name in invariants(kind) if name not in checks)
-    report = Report(name_of(loss), tuple(passed), failed, skipped)
+    report = Report(name_of(loss), passed, failed, skipped)
     if failed and raises:
         raise InvariantsError(report)
     return report
@@ -138,25 +125,19 @@ def check_invariants(
 def parametrize_with_invariants(
     loss: Loss, kind: Kind = "assignment_pair", **arguments: Any
 ) -> Callable[[Callable[..., None]], Any]:
-    """Decorate a test function to be one pytest test for each invariant; needs pytest.
+    """Decorate a test function to be one pytest test for each invariant.
 
-    Formula: the test is called with as many of these as it takes: `loss`; `check`, to be called
-    with the loss or with nothing; `invariant`, the name.
+    Formula: the test is called with what it takes of `loss`, `check`, to be called with the loss or
+    nothing, and `invariant`, the name. Source: scikit-learn's `parametrize_with_checks`.
 
     Args:
-        loss: what to check.
-        kind: `"assignment"`, `"assignment_pair"` or `"embedding_pair"`.
-        arguments: the other arguments of `check_invariants`.
+        loss: what to check; kind and arguments are as of `check_invariants`.
 
     Returns:
         The decorator. A test fails with `InvariantError` or `LossRaisedError`.
 
     Raises:
-        ImportError: pytest is not installed.
-        TypeError: the test takes no `check`.
-        ValueError: a name or kind that does not exist.
-
-    Source: after scikit-learn's `parametrize_with_checks`.
+        TypeError: the test takes no `check`; ValueError: a name or kind that does not exist.
 
     Examples:
         >>> from c2bin_ext import ClusterEntropyRegularizer
@@ -164,10 +145,9 @@ def parametrize_with_invariants(
         ... def test_regularizer(loss, check):
         ...     check(loss)
     """
-    try:
-        import pytest
-    except ImportError as error:
-        raise ImportError(f"expected pytest ({error}): pip install pytest") from error
+    import pytest
+
+    checks = _chosen(kind, **arguments)
 
     def one(invariant: Callable[[Loss], None]) -> Callable[..., None]:
         def check(other: Loss = loss) -> None:
@@ -175,8 +155,6 @@ def parametrize_with_invariants(
             invariant(other)
 
         return check
-
-    checks = _chosen(kind, **arguments)
 
     def decorate(test: Callable[..., None]) -> Any:
         parameters = inspect.signature(test).parameters
@@ -200,23 +178,14 @@ def _chosen(
 ) -> dict[str, Callable[[Loss], None]]:
     names, preset, options = invariants(kind), preset or Preset(), options or {}
     for argument, given in (("only", only or ()), ("skip", skip), ("options", options)):
-        if isinstance(given, str) or (unknown := sorted(set(given) - set(names))):
-            wrong = given if isinstance(given, str) else unknown
+        wrong = given if isinstance(given, str) else sorted(set(given) - set(names))
+        if wrong:
             raise ValueError(f"{argument}: expected names out of {names}, got {wrong!r}")
-    chosen: dict[str, Callable[[Loss], None]] = {}
-    for name in names:
-        if name not in skip and (name not in preset.skip if only is None else name in only):
-            own = {**preset.options.get(name, {}), **options.get(name, {})}
-            search["min_rows"] = preset.min_rows
-            chosen[name] = partial(REGISTRY[name], kind=kind, **search, **own)
-    return chosen
-
-
-def table() -> str:
-    """Return the invariants as the table that the docs have."""
-    lines = ["| name | what holds | kinds | options |", "| --- | --- | --- | --- |"]
-    for name, invariant in REGISTRY.items():
-        kinds = ", ".join({ALL[0]: "A", ALL[1]: "AA", ALL[2]: "EE"}[k] for k in invariant.kinds)
-        options = ", ".join(f"`{o}`" for o in invariant.options if o not in ("rtol", "atol"))
-        lines.append(f"| `{name}` | {invariant.what} | {kinds} | {options} |")
-    return "\n".join(lines)
+    search |= {"kind": kind, "min_rows": preset.min_rows}
+    options = (preset | Preset(options=options)).options
+    chosen = set(names) - preset.skip if only is None else set(only)
+    return {
+        name: partial(REGISTRY[name], **search, **options.get(name, {}))
+        for name in names
+        if name in chosen and name not in skip
+    }

@@ -1,6 +1,6 @@
 """Plain formulas, and options and skips of usual forms, for `check_invariants(..., preset=...)`.
 
-Presets add up: `infonce(0.1) | full_precision | needs_rows(2)`.
+Presets add up: `infonce(0.1) | full_precision | Preset(min_rows=2)`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-PAIRS = ("agreement", "disagreement", "orthogonal", "opposite", "collapse", "uniform")
-VALUES = (*(f"value_at_{place}" for place in (*PAIRS, "balance", "imbalance")), "value_in_general")
 
 
 @dataclass(frozen=True)
@@ -33,44 +30,26 @@ class Preset:
 
 
 WIDE = {"dtypes": (torch.float32, torch.float64)}
-# A loss with values of its own; one that promises nothing in half precision; one of two embeddings
-# that both get gradient.
-own_values = Preset(frozenset({"bounds", *VALUES}))
+own_values = Preset(frozenset({"bounds", "follows_formula"}))
 full_precision = Preset(frozenset({"lower_precision"}), {"finite": WIDE, "dtype": WIDE})
-trains_both = Preset(
-    frozenset({"no_gradient_to_target"}), {"gradient": {"of": ("prediction", "target")}}
-)
-
-
-def needs_rows(least: int) -> Preset:
-    """Return the preset of a loss that is defined only for n >= `least`."""
-    return Preset(min_rows=least)
+trains_both = Preset(options={"gradient": {"of": ("prediction", "target")}})
 
 
 def follows(formula: Callable[..., Tensor | float], lower: Any, upper: Any) -> Preset:
     """Return the preset of a loss with the values of a plain formula of the same inputs."""
-    options: dict[str, dict[str, Any]] = {name: {"formula": formula} for name in VALUES}
-    return Preset(options={**options, "bounds": {"lower": lower, "upper": upper}})
-
-
-def aligned(scale: float = 1.0, offset: float = 0.0) -> Preset:
-    """Return the preset of `offset + scale * (1 - cosine)`, the mean over rows."""
-    return follows(lambda p, z: offset + scale * alignment(p, z), offset, offset + 2 * scale)
+    bounds = {"lower": lower, "upper": upper}
+    return Preset(options={"follows_formula": {"formula": formula}, "bounds": bounds})
 
 
 def infonce(temperature: float = 0.5, *, embeddings: bool = False, **options: Any) -> Preset:
-    """Return the preset of a contrast of clusters, or of embeddings that both get gradient.
-
-    Further options are those of `contrast`.
-    """
+    """Return the preset of `contrast`, of clusters or of embeddings that both get gradient."""
     plain: Any = partial(contrast, temperature=temperature, **options)
     skip = set() if options.get("symmetric", True) else {"view_swap"}
     if options.get("similarity") == "dot":
-        skip |= {"column_scale", "positive_scaling"}
-    preset = follows(plain, -math.inf, math.inf) | Preset(frozenset(skip))
-    if embeddings:
-        return preset | follows(lambda p, z: plain(p.T, z.T), -math.inf, math.inf) | trains_both
-    return preset
+        skip |= {"positive_scaling"}
+    formula = (lambda p, z: plain(p.T, z.T)) if embeddings else plain
+    preset = follows(formula, -math.inf, math.inf) | Preset(frozenset(skip))
+    return preset | trains_both if embeddings else preset
 
 
 def contrast(

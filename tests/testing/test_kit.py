@@ -17,7 +17,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from zoo import BROKEN, EMBEDDED, ONE, PAIR, align, gap, nce, table_of_broken, table_of_right
+from zoo import (
+    BROKEN,
+    EMBEDDED,
+    ONE,
+    PAIR,
+    align,
+    gap,
+    nce,
+    table_of_broken,
+    table_of_invariants,
+    table_of_right,
+)
 
 import c2bin_ext
 from c2bin_ext import BCAContrastiveLoss, ClusterEntropyRegularizer, functional, testing
@@ -30,19 +41,15 @@ from c2bin_ext.testing import (
     check_bounds,
     check_every_input_matters,
     check_finite,
+    check_follows_formula,
     check_gradient,
     check_invariants,
-    check_value_at_agreement,
-    check_value_at_balance,
-    check_value_at_collapse,
-    check_value_at_imbalance,
     check_view_swap,
     invariants,
     parametrize_with_invariants,
 )
 from c2bin_ext.testing._invariants import FORMULAS, REGISTRY
 from c2bin_ext.testing._search import name_of, show
-from c2bin_ext.testing._suite import table
 
 ROOT = Path(c2bin_ext.__file__).parent.parent
 KINDS: list[Any] = [ONE, PAIR, EMBEDDED]
@@ -99,46 +106,30 @@ def test_bounds(lower: Any, upper: Any, found: str | None) -> None:
     with pytest.raises(InvariantError):
         check_bounds(lambda a, b: a.sum() * math.nan, lower=-math.inf, upper=math.inf)
     check_bounds(lambda a, b: a.sum() * math.inf, lower=-math.inf, upper=math.inf)
+    check_bounds(lambda a, b: 0 * a.sum() - 9e-6)
+    with pytest.raises(InvariantError, match=r"-1.1e-05, outside of \[0, inf\]"):
+        check_bounds(lambda a, b: 0 * a.sum() - 1.1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_default_bounds_are_sharp(kind: Any) -> None:
-    low, high = {
-        ONE: (lambda k: 0.0, math.log),
-        PAIR: (
-            lambda k: math.log(1 + (k - 1) / math.e**2),
-            lambda k: math.log(1 + (k - 1) * math.e**2),
-        ),
-        EMBEDDED: (lambda d: 0.0, lambda d: 2.0),
-    }[kind]
-    for bound, outside, side in ((low, -1e-3, "lower"), (high, 1e-3, "upper")):
-        for off in (0.0, -outside, outside):
-
-            def loss(*views: Tensor, bound: Any = bound, off: float = off) -> Tensor:
-                return torch.tensor(bound(views[0].shape[1]) + off, dtype=torch.float64)
-
-            report = check_invariants(loss, kind, only=["bounds"], raises=False)
-            assert bool(report.failed) == (off == outside)
-            if report.failed:
-                hint = f"(C2BIN's default; options={{'bounds': {{'{side}': ...}}}} expects another)"
-                assert hint in report.failed["bounds"].problem
-
-
-def test_values_that_are_given() -> None:
+def test_formulas_that_are_given() -> None:
     half = lambda a, b: nce(a, b) / 2  # noqa: E731
-    with pytest.raises(InvariantError, match=r"C2BIN's default; options={'value_at_"):
-        check_value_at_agreement(half)
-    agreement = lambda k: math.log1p((k - 1) * math.exp(-2)) / 2  # noqa: E731
-    check_value_at_agreement(half, value=agreement)
-    check_value_at_agreement(half, formula=lambda a, b: FORMULAS[PAIR](a, b) / 2)
-    check_value_at_agreement(half, value=0.5, atol=1.0)
-    check_value_at_agreement(half, value=0.0, shapes=[(2, 2)], rtol=0, atol=0.0635)
-    with pytest.raises(InvariantError, match=r"0.063464.*, expected 0\n") as caught:
-        check_value_at_agreement(half, value=0.0, shapes=[(2, 2)])
+    plain = FORMULAS[PAIR]
+    with pytest.raises(
+        InvariantError, match=r"expected .* \(C2BIN's default; the option `formula` "
+    ):
+        check_follows_formula(half)
+    check_follows_formula(half, formula=lambda a, b: plain(a, b) / 2)
+    check_follows_formula(half, formula=lambda a, b: plain(a, b) / 2 + 0.01, atol=0.011)
+    with pytest.raises(InvariantError) as caught:
+        check_follows_formula(half, formula=lambda a, b: plain(a, b) / 2 + 0.01, atol=0.009)
     assert "C2BIN" not in str(caught.value)
+    # What only holds at some inputs.
+    chance = lambda a, b: math.log(a.shape[1]) / 2  # noqa: E731
+    check_follows_formula(half, formula=chance, inputs=["uniform"])
+    with pytest.raises(InvariantError):
+        check_follows_formula(half, formula=chance)
     total = lambda a: len(a) * gap(a)  # noqa: E731
-    check_value_at_collapse(total, ONE, value=lambda k: 3 * math.log(k), rows=3)
-    check_value_at_imbalance(total, formula=lambda a: len(a) * FORMULAS[ONE](a))
+    check_follows_formula(total, ONE, formula=lambda a: len(a) * FORMULAS[ONE](a))
 
 
 def test_tolerances_are_used() -> None:
@@ -167,8 +158,11 @@ def test_gradients_that_are_missing_are_named() -> None:
     with pytest.raises(InvariantError, match=r"^gradient: no gradient reaches `prediction`"):
         check_gradient(lambda p, z: 1 - cosine_similarity(p.detach(), z).mean(), EMBEDDED)
     check_gradient(lambda a, b: nce(a, b.detach()), of=["assignments0"])
+    with pytest.raises(InvariantError, match=r"^gradient: gradient of `assignments1` .* none\n"):
+        check_gradient(nce, of=["assignments0"])
     with pytest.raises(InvariantError, match="no gradient reaches `target`"):
-        check_gradient(align, EMBEDDED, of=["target"])
+        check_gradient(align, EMBEDDED, of=["prediction", "target"])
+    check_gradient(lambda p, z: align(p, z) + 1e-12 * z.sum(), EMBEDDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -215,7 +209,7 @@ def test_inputs_without_ties_have_none(kind: Any) -> None:
         return torch.tensor(1.0 * len(seen), dtype=torch.float64)
 
     for shape in ((2, 2), (3, 2), (2, 3), (4, 4)):
-        check_every_input_matters(loss, kind, shapes=[shape], max_examples=100)
+        check_every_input_matters(loss, kind, shapes=[shape], max_examples=50)
     for view in seen:
         unit = torch.nn.functional.normalize(view)
         assert (unit @ unit.T - 2 * torch.eye(len(view))).max() < 1 - 1e-9
@@ -231,9 +225,9 @@ def test_inputs_without_ties_have_none(kind: Any) -> None:
         (1.0, "float"),
         (3, "int"),
         (None, "NoneType"),
-        (torch.ones(7), r"shape \(7,\)"),
-        (torch.tensor(3), "torch.int64"),
-        (torch.tensor(True), "torch.bool"),
+        (torch.ones(7), r"torch.float32, torch.Size\(\[7\]\)"),
+        (torch.tensor(3), r"torch.int64, torch.Size\(\[\]\)"),
+        (torch.tensor(True), r"torch.bool, torch.Size\(\[\]\)"),
     ],
 )
 def test_results_that_are_no_scalar(kind: Any, result: Any, got: str) -> None:
@@ -288,7 +282,7 @@ def test_loss_that_differs_from_call_to_call() -> None:
     with pytest.raises(
         InvariantError, match=r"^bounds: a problem at one call and none at the next"
     ):
-        check_bounds(loss, ONE)
+        check_bounds(loss, ONE, upper=1)
 
 
 def test_losses_may_write_into_their_inputs() -> None:
@@ -297,7 +291,7 @@ def test_losses_may_write_into_their_inputs() -> None:
         view0.zero_()
         return value
 
-    check_invariants(loss, only=["instance_permutation", "view_swap", "compares_views"])
+    check_invariants(loss, only=["instance_permutation", "view_swap", "every_input_matters"])
 
 
 # --- messages -------------------------------------------------------------------------------------
@@ -345,7 +339,7 @@ def test_report() -> None:
     lines = str(report).split("\n")
     assert lines[0].startswith("BCAContrastiveLoss(")
     assert lines[0].endswith(": 1 of 2 hold")
-    assert lines[1].startswith("  view_swap: 0.693147181, and swapped ")
+    assert re.fullmatch(r"  view_swap: [\d.]+, and swapped [\d.]+", lines[1])
     assert lines[-2] == "  hold: dtype"
     # All that were skipped are in one line.
     assert lines[-1] == f"  skipped: {', '.join(report.skipped)}"
@@ -354,7 +348,9 @@ def test_report() -> None:
 
 def test_examples_repeat_whatever_is_imported() -> None:
     def messages() -> list[str]:
-        report = check_invariants(lambda a, b: a.norm() + b.max(), raises=False, max_examples=15)
+        only = ["view_swap", "positive_scaling", "every_input_matters", "follows_formula"]
+        loss = lambda a, b: a.norm() + b.max()  # noqa: E731
+        report = check_invariants(loss, only=only, raises=False, max_examples=15)
         return [str(error) for error in report.failed.values()]
 
     first = messages()
@@ -366,7 +362,7 @@ def test_examples_repeat_whatever_is_imported() -> None:
         assert messages() == first
     finally:
         del sys.modules["a_module_of_mine"]
-    assert check_invariants(nce, only=["gradient"], derandomize=False, max_examples=200).passed
+    assert check_invariants(nce, only=["gradient"], derandomize=False).passed
 
 
 def test_names() -> None:
@@ -425,8 +421,6 @@ def test_shapes(kind: Any) -> None:
 
     check_invariants(loss, kind, shapes=[(4, 2), (6, 3)], max_examples=15, raises=False)
     assert seen == {(4, 2), (6, 3)}
-    with pytest.raises(ValueError, match=r"^shapes: expected n a multiple of K, got \(4, 3\)"):
-        check_value_at_balance(gap, shapes=[(4, 3)])
     # Of one instance, nothing is to be seen of what is contrasted.
     check_every_input_matters(lambda *views: torch.zeros(()), kind, shapes=[(1, 4)])
 
@@ -460,7 +454,7 @@ def test_compiled() -> None:
         ({"kind": "assignments"}, "kind: expected one of"),
         ({"skip": ["view_swaps"]}, r"skip: .* got \['view_swaps'\]"),
         ({"skip": "view_swap"}, "skip: .* got 'view_swap'"),
-        ({"only": ["monotone_entropy"]}, r"only: .* got \['monotone_entropy'\]"),
+        ({"kind": ONE, "only": ["view_swap"]}, r"only: .* got \['view_swap'\]"),
         ({"options": {"limits": {}}}, r"options: .* got \['limits'\]"),
         ({"options": {"bounds": {"top": 1}}}, r"options: bounds expected .* got \['top'\]"),
     ],
@@ -477,8 +471,6 @@ def test_one_invariant() -> None:
         testing.check_nothing  # noqa: B018
     with pytest.raises(ValueError, match="kind: cluster_relabelling expected one of"):
         testing.check_cluster_relabelling(nce, kind=EMBEDDED)
-    with pytest.raises(ValueError, match="rows_per_cluster: expected an int >= 1"):
-        check_value_at_agreement(nce, rows_per_cluster=0)
 
 
 # --- under pytest ---------------------------------------------------------------------------------
@@ -495,7 +487,7 @@ def test_parametrized_tests_in_pytest(tmp_path: Path) -> None:
 from c2bin_ext.testing import check_invariants, parametrize_with_invariants
 
 def mine(assignments):
-    return assignments.sum() * 0 + 1
+    return assignments.sum() * 0 - 1
 
 @parametrize_with_invariants(mine, "assignment", max_examples=5, only=["bounds", "dtype", "finite",
     "every_input_matters"])
@@ -516,7 +508,7 @@ def test_by_name(loss, invariant):
     summary = [line for line in run.stdout.split("\n") if line.startswith("FAILED")]
     assert summary[0].startswith(
         "FAILED test_mine.py::test_mine[every_input_matters] - c2bin_ext.testing.InvariantError: "
-        "every_input_matters: row 0, column 0 of `assignments` does not matter: L stays 1"
+        "every_input_matters: row 0, column 0 of `assignments` does not matter: L stays -1"
     )
     assert "_suite.py" not in run.stdout
     assert "_search.py" not in run.stdout
@@ -533,12 +525,6 @@ def test_parametrize_refuses() -> None:
         parametrize_with_invariants(gap, ONE, skip=["view_swap"])
 
 
-def test_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pytest", None)
-    with pytest.raises(ImportError, match="pip install pytest"):
-        parametrize_with_invariants(gap, ONE)
-
-
 def test_inside_another_property() -> None:
     @settings(database=None, max_examples=2, suppress_health_check=[HealthCheck.nested_given])
     @given(testing.assignments(rows=2, clusters=2))
@@ -551,33 +537,20 @@ def test_inside_another_property() -> None:
 # --- sums over shards -----------------------------------------------------------------------------
 
 
-def from_mass(mass: Tensor) -> Tensor:
-    share = mass / mass.sum()
-    return (share * (len(mass) * share + 1e-36).log()).sum()
-
-
 def test_sums_over_shards() -> None:
     check_additive_over_shards(functional.cluster_mass)
-    check_additive_over_shards(
-        functional.cluster_mass, loss=ClusterEntropyRegularizer(), from_sums=from_mass
-    )
     check_additive_over_shards(lambda a, b: (a.T @ b, b.sum()), PAIR)
-    with pytest.raises(InvariantError, match="statistic from sums over shards") as caught:
+    with pytest.raises(InvariantError, match="from sums over shards") as caught:
         check_additive_over_shards(lambda view: view.mean(dim=0))
     assert caught.value.example["assignments"].shape == (2, 2)
     assert caught.value.example["shards"] == (1, 1)
-    for from_sums, problem in (
-        (
-            lambda mass: from_mass(mass.detach() + (mass - mass.detach()) / 2),
-            "gradient of `assignm",
-        ),
-        (lambda mass: 2 * from_mass(mass), "value from sums over shards"),
-        (lambda mass: from_mass(mass.detach()), "gradient of `assignments` from sums"),
-    ):
-        with pytest.raises(InvariantError, match=problem):
-            check_additive_over_shards(functional.cluster_mass, loss=gap, from_sums=from_sums)
-    with pytest.raises(ValueError, match="both or neither"):
-        check_additive_over_shards(functional.cluster_mass, loss=ClusterEntropyRegularizer())
+    with pytest.raises(InvariantError, match=r"from sums over shards .*2.*, whole .*1"):
+        check_additive_over_shards(lambda a, b: [a.sum(), b.mean() * b.shape[1]], PAIR)
+    nearly = lambda view: view.sum() + 1e-3  # noqa: E731
+    with pytest.raises(InvariantError):
+        check_additive_over_shards(nearly)
+    check_additive_over_shards(nearly, atol=1e-2)
+    check_additive_over_shards(nearly, rtol=1e-2)
     with pytest.raises(LossRaisedError, match="KeyError"):
         check_additive_over_shards({}.__getitem__)
 
@@ -587,7 +560,7 @@ def test_sums_over_shards() -> None:
 
 def test_the_page() -> None:
     page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
-    for part in (table(), table_of_broken(), table_of_right()):
+    for part in (table_of_invariants(), table_of_broken(), table_of_right()):
         assert part in page
     blocks = [block.split("```")[0] for block in page.split("```python\n")]
     namespace: dict[str, Any] = {}

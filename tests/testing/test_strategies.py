@@ -29,7 +29,7 @@ N, K, D = 3, 3, 2
 SHARES = {Fraction(1, 2), Fraction(1, 8), Fraction(1, 64)}
 
 
-def drawn(strategy: st.SearchStrategy[T], count: int = 200) -> list[T]:
+def drawn(strategy: st.SearchStrategy[T], count: int = 150) -> list[T]:
     """Return `count` draws, always the same."""
     found: list[T] = []
 
@@ -145,13 +145,13 @@ def test_shards_are_uneven() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: testing.assignments(clusters=1), "clusters: expected an int >= 2"),
-        (lambda: testing.assignments(rows=(3, 2)), "rows: expected an int >= 1"),
+        (lambda: testing.assignments(clusters=1), "clusters: expected an int or range >= 2"),
+        (lambda: testing.assignments(rows=(3, 2)), "rows: expected an int or range >= 1"),
         (lambda: testing.assignments(kinds=["soft"]), "kinds: expected a sequence out of"),
-        (lambda: testing.embeddings(features=0), "features: expected an int >= 1"),
+        (lambda: testing.embeddings(features=0), "features: expected an int or range >= 1"),
         (lambda: testing.paired_embeddings(relations=[]), "relations: expected a sequence"),
         (lambda: testing.scales(clusters=1), "clusters: expected"),
-        (lambda: testing.dtypes(only=[]), "only: expected one dtype"),
+        (lambda: testing.dtypes(only=[]), "only: expected a sequence"),
     ],
 )
 def test_wrong_arguments_of_strategies(make: Callable[[], Any], message: str) -> None:
@@ -395,18 +395,18 @@ def test_related_embeddings() -> None:
 def test_sizes() -> None:
     for rows, wanted in ((2, {2}), ((2, 4), {2, 3, 4})):
         views: list[Any] = [
-            drawn(testing.assignments(rows=rows)),
-            drawn(testing.embeddings(rows=rows)),
-            [pair[0] for pair in drawn(testing.paired_assignments(rows=rows))],
-            [pair[0] for pair in drawn(testing.paired_embeddings(rows=rows))],
+            drawn(testing.assignments(rows=rows), 50),
+            drawn(testing.embeddings(rows=rows), 50),
+            [pair[0] for pair in drawn(testing.paired_assignments(rows=rows), 50)],
+            [pair[0] for pair in drawn(testing.paired_embeddings(rows=rows), 50)],
         ]
         assert all({len(view) for view in each} == wanted for each in views)
     for width, wanted in ((3, {3}), ((2, 4), {2, 3, 4})):
         columns: list[Any] = [
-            drawn(testing.assignments(clusters=width)),
-            drawn(testing.embeddings(features=width)),
-            [pair[1] for pair in drawn(testing.paired_assignments(clusters=width))],
-            [pair[1] for pair in drawn(testing.paired_embeddings(features=width))],
+            drawn(testing.assignments(clusters=width), 50),
+            drawn(testing.embeddings(features=width), 50),
+            [pair[1] for pair in drawn(testing.paired_assignments(clusters=width), 50)],
+            [pair[1] for pair in drawn(testing.paired_embeddings(features=width), 50)],
         ]
         assert all({view.shape[1] for view in each} == wanted for each in columns)
     assert {view.shape for view in drawn(testing.embeddings(), 400)} == {

@@ -9,7 +9,7 @@ import torch
 from zoo import BROKEN, ONE, PAIR, RIGHT, Broken, Right, two_heads
 
 from c2bin_ext.testing import InvariantError, check_invariants, invariants
-from c2bin_ext.testing.presets import Preset, infonce, needs_rows
+from c2bin_ext.testing.presets import Preset, infonce
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=[f"{b.kind}-{b.mistake}" for b in BROKEN])
@@ -28,7 +28,7 @@ def test_the_zoo_tries_every_invariant() -> None:
 
 @pytest.mark.parametrize("right", RIGHT, ids=[right.name for right in RIGHT])
 def test_right_losses_pass(right: Right) -> None:
-    how = {"preset": right.preset, "max_examples": 25}
+    how = {"preset": right.preset, "max_examples": 15}
     report = check_invariants(right.loss, right.kind, raises=False, **how)
     assert set(report.failed) == right.fails, str(report)
     assert set(report.skipped) == right.preset.skip & set(invariants(right.kind))
@@ -37,9 +37,10 @@ def test_right_losses_pass(right: Right) -> None:
 def test_an_own_formula_is_not_enough_for_a_wrong_loss() -> None:
     """A preset says what values to expect: another temperature's do not pass for them."""
     right = next(r for r in RIGHT if r.name.startswith("BCAContrastiveLoss(0.1"))
-    report = check_invariants(right.loss, PAIR, preset=infonce(0.2, symmetric=False), raises=False)
-    assert {"value_at_agreement", "value_at_disagreement", "value_in_general"} <= set(report.failed)
-    assert all(isinstance(error, InvariantError) for error in report.failed.values())
+    how = {"preset": infonce(0.2, symmetric=False), "max_examples": 15}
+    report = check_invariants(right.loss, PAIR, raises=False, **how)
+    assert list(report.failed) == ["follows_formula"]
+    assert isinstance(report.failed["follows_formula"], InvariantError)
 
 
 def test_presets_add_up() -> None:
@@ -48,7 +49,7 @@ def test_presets_add_up() -> None:
     both = one | two
     assert both.skip == {"dtype", "finite"}
     assert both.options == {"bounds": {"lower": 1, "upper": 2}, "finite": {"dtypes": []}}
-    assert (both.min_rows, (two | needs_rows(4)).min_rows) == (3, 4)
+    assert (both.min_rows, (two | Preset(min_rows=4)).min_rows) == (3, 4)
 
 
 def test_rows_that_a_loss_needs() -> None:
@@ -58,7 +59,7 @@ def test_rows_that_a_loss_needs() -> None:
         seen.add(len(view))
         return view.sum()
 
-    check_invariants(loss, ONE, preset=needs_rows(5), raises=False, max_examples=10)
+    check_invariants(loss, ONE, preset=Preset(min_rows=5), raises=False, max_examples=10)
     assert min(seen) == 5
 
 

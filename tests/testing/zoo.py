@@ -33,15 +33,15 @@ from c2bin_ext import (
     C2BINLoss,
     ClusterEntropyRegularizer,
 )
+from c2bin_ext.testing._invariants import REGISTRY
 from c2bin_ext.testing.presets import (
     Preset,
-    aligned,
+    alignment,
     balance,
     contrast,
     follows,
     full_precision,
     infonce,
-    needs_rows,
     own_values,
     trains_both,
 )
@@ -157,26 +157,24 @@ BROKEN = [
     Broken("view 1 is ignored", PAIR, "every_input_matters", lambda a, b: nce(a, a)),
     Broken(
         "each view is contrasted with itself",
-        *(PAIR, "compares_views", lambda a, b: (nce(a, a) + nce(b, b)) / 2),
+        *(PAIR, "every_input_matters", lambda a, b: (nce(a, a) + nce(b, b)) / 2),
     ),
     Broken(
         "only the masses of both views are compared",
-        *(PAIR, "compares_views", lambda a, b: mse_loss(a.mean(0), b.mean(0))),
+        *(PAIR, "every_input_matters", lambda a, b: mse_loss(a.mean(0), b.mean(0))),
     ),
     Broken(
         "view 1 as hard labels",
         *(PAIR, "every_input_matters", lambda a, b: nce(a, hard(b))),
     ),
-    Broken(
-        "no negatives", PAIR, "value_at_agreement", lambda a, b: 1 - cosines(a, b).diag().mean()
-    ),
+    Broken("no negatives", PAIR, "follows_formula", lambda a, b: 1 - cosines(a, b).diag().mean()),
     Broken(
         "only the hardest negative",
-        *(PAIR, "value_at_uniform", lambda a, b: hardest(2 * cosines(a, b))),
+        *(PAIR, "follows_formula", lambda a, b: hardest(2 * cosines(a, b))),
     ),
     Broken(
         "negatives of a view's own, too",
-        *(PAIR, "value_at_uniform", lambda a, b: contrast(a, b, own_view=True)),
+        *(PAIR, "follows_formula", lambda a, b: contrast(a, b, own_view=True)),
     ),
     Broken(
         "the positive is left out",
@@ -184,55 +182,55 @@ BROKEN = [
     ),
     Broken(
         "positives are off by one cluster",
-        *(PAIR, "value_at_agreement", lambda a, b: nce(a, b.roll(1, 1))),
+        *(PAIR, "follows_formula", lambda a, b: nce(a, b.roll(1, 1))),
     ),
     Broken("the sign is flipped", PAIR, "strictly_monotone", lambda a, b: -nce(a, b)),
-    Broken("half of it", PAIR, "value_at_disagreement", lambda a, b: nce(a, b) / 2),
+    Broken("half of it", PAIR, "follows_formula", lambda a, b: nce(a, b) / 2),
     Broken(
         "clamped at chance",
         *(PAIR, "strictly_monotone", lambda a, b: nce(a, b).clamp_max(math.log(a.shape[1]))),
     ),
     Broken(
         "a sum over clusters",
-        *(PAIR, "value_at_uniform", lambda a, b: nce(a, b) * a.shape[1]),
+        *(PAIR, "follows_formula", lambda a, b: nce(a, b) * a.shape[1]),
     ),
-    Broken("a sum over instances", PAIR, "value_at_agreement", lambda a, b: nce(a, b) * len(a)),
+    Broken("a sum over instances", PAIR, "follows_formula", lambda a, b: nce(a, b) * len(a)),
     Broken(
-        "the temperature is forgotten", PAIR, "value_at_agreement", lambda a, b: both(cosines(a, b))
+        "the temperature is forgotten", PAIR, "follows_formula", lambda a, b: both(cosines(a, b))
     ),
     Broken(
         "multiplied by the temperature",
-        *(PAIR, "value_at_disagreement", lambda a, b: both(cosines(a, b) * 0.5)),
+        *(PAIR, "follows_formula", lambda a, b: both(cosines(a, b) * 0.5)),
     ),
     Broken(
         "similarities are squared",
-        *(PAIR, "value_in_general", lambda a, b: both(2 * cosines(a, b).square())),
+        *(PAIR, "follows_formula", lambda a, b: both(2 * cosines(a, b).square())),
     ),
     Broken(
         "roots of shares in place of cosines",
         PAIR,
-        "value_in_general",
+        "follows_formula",
         lambda a, b: both(2 * roots(a).T @ roots(b)),
     ),
     Broken(
         "smoothed labels",
-        *(PAIR, "value_at_agreement", lambda a, b: both(2 * cosines(a, b), label_smoothing=0.1)),
+        *(PAIR, "follows_formula", lambda a, b: both(2 * cosines(a, b), label_smoothing=0.1)),
     ),
     Broken(
         "rows are normalised",
         PAIR,
-        "column_scale",
+        "positive_scaling",
         lambda a, b: both(2 * normalize(a).T @ normalize(b)),
     ),
     Broken(
         "one view is normalised",
         PAIR,
-        "column_scale",
+        "positive_scaling",
         lambda a, b: both(2 * normalize(a, dim=0).T @ b),
     ),
     Broken(
         "instances are contrasted",
-        *(PAIR, "value_at_uniform", lambda a, b: both(2 * cosines(a.T, b.T))),
+        *(PAIR, "follows_formula", lambda a, b: both(2 * cosines(a.T, b.T))),
     ),
     Broken("one direction", PAIR, "view_swap", lambda a, b: forth(2 * cosines(a, b))),
     Broken(
@@ -253,8 +251,8 @@ BROKEN = [
         "cluster_relabelling",
         lambda a, b: both(2 * cosines(a, b), weight=torch.arange(1.0, a.shape[1] + 1).to(wide(a))),
     ),
-    Broken("clusters weigh as much as their mass", PAIR, "value_at_collapse", by_mass),
-    Broken("empty clusters are left out", PAIR, "value_at_collapse", masked),
+    Broken("clusters weigh as much as their mass", PAIR, "follows_formula", by_mass),
+    Broken("empty clusters are left out", PAIR, "follows_formula", masked),
     Broken("a view is detached", PAIR, "gradient", lambda a, b: nce(a, b.detach())),
     Broken("everything is detached", PAIR, "gradient", lambda a, b: nce(a, b).detach()),
     Broken("the gradient is halved", PAIR, "gradient", lambda a, b: halved(nce(a, b))),
@@ -294,21 +292,21 @@ BROKEN = [
     ),
     # --- of one view's assignments ---
     Broken("zero", ONE, "every_input_matters", lambda a: 0 * gap(a)),
-    Broken("the sign is flipped", ONE, "monotone_entropy", lambda a: entropy(share(a))),
+    Broken("the sign is flipped", ONE, "strictly_monotone", lambda a: entropy(share(a))),
     Broken("log K is forgotten", ONE, "bounds", lambda a: -entropy(share(a))),
-    Broken("half of it", ONE, "value_at_collapse", lambda a: gap(a) / 2),
-    Broken("logarithms to the base 2", ONE, "value_at_collapse", lambda a: gap(a) / math.log(2)),
-    Broken("a sum over instances", ONE, "value_at_collapse", lambda a: gap(a) * len(a)),
+    Broken("half of it", ONE, "follows_formula", lambda a: gap(a) / 2),
+    Broken("logarithms to the base 2", ONE, "follows_formula", lambda a: gap(a) / math.log(2)),
+    Broken("a sum over instances", ONE, "follows_formula", lambda a: gap(a) * len(a)),
     Broken(
         "squared masses",
         ONE,
-        "value_at_imbalance",
+        "follows_formula",
         lambda a: (a.shape[1] * share(a).square().sum()).log(),
     ),
     Broken(
         "squared masses between the same ends",
         ONE,
-        "value_at_imbalance",
+        "follows_formula",
         lambda a: (
             math.log(a.shape[1]) * (a.shape[1] * share(a).square().sum() - 1) / (a.shape[1] - 1)
         ),
@@ -325,19 +323,19 @@ BROKEN = [
     Broken(
         "the divergence the other way",
         ONE,
-        "value_at_imbalance",
+        "follows_formula",
         lambda a: -(a.shape[1] * share(a) + 1e-36).log().mean(),
     ),
     Broken(
         "entropy of rows",
         ONE,
-        "value_at_balance",
+        "follows_formula",
         lambda a: math.log(a.shape[1]) - entropy(wide(a)).mean(),
     ),
     Broken(
         "entropy of rows is added",
         ONE,
-        "value_at_uniform",
+        "follows_formula",
         lambda a: gap(a) + entropy(wide(a)).mean(),
     ),
     Broken("hard labels", ONE, "every_input_matters", lambda a: gap(hard(a)) + 0 * a.sum()),
@@ -381,25 +379,25 @@ BROKEN = [
     Broken(
         "opposite is as good as alike",
         EMBEDDED,
-        "value_at_opposite",
+        "follows_formula",
         lambda p, z: 1 - cosine(p, z).abs().mean(),
     ),
     Broken(
         "squared cosines",
         EMBEDDED,
-        "value_at_opposite",
+        "follows_formula",
         lambda p, z: 1 - cosine(p, z).square().mean(),
     ),
     Broken(
-        "cubed cosines", EMBEDDED, "value_in_general", lambda p, z: 1 - (cosine(p, z) ** 3).mean()
+        "cubed cosines", EMBEDDED, "follows_formula", lambda p, z: 1 - (cosine(p, z) ** 3).mean()
     ),
     Broken(
         "angles in place of cosines",
         EMBEDDED,
-        "value_in_general",
+        "follows_formula",
         lambda p, z: 2 / math.pi * cosine(p, z).clamp(-1, 1).acos().mean(),
     ),
-    Broken("half of it", EMBEDDED, "value_at_orthogonal", lambda p, z: align(p, z) / 2),
+    Broken("half of it", EMBEDDED, "follows_formula", lambda p, z: align(p, z) / 2),
     Broken(
         "the sign is flipped", EMBEDDED, "strictly_monotone", lambda p, z: 1 + cosine(p, z).mean()
     ),
@@ -409,9 +407,7 @@ BROKEN = [
         "strictly_monotone",
         lambda p, z: (1 - cosine(p, z)).clamp_max(1).mean(),
     ),
-    Broken(
-        "a sum over rows", EMBEDDED, "value_at_orthogonal", lambda p, z: (1 - cosine(p, z)).sum()
-    ),
+    Broken("a sum over rows", EMBEDDED, "follows_formula", lambda p, z: (1 - cosine(p, z)).sum()),
     Broken(
         "only the worst row",
         EMBEDDED,
@@ -421,7 +417,7 @@ BROKEN = [
     Broken(
         "root mean square of rows",
         EMBEDDED,
-        "value_in_general",
+        "follows_formula",
         lambda p, z: (1 - cosine(p, z)).square().mean().sqrt(),
     ),
     Broken(
@@ -447,13 +443,13 @@ BROKEN = [
     Broken(
         "means of both views",
         EMBEDDED,
-        "compares_views",
+        "every_input_matters",
         lambda p, z: align(normalize(p).mean(0)[None], normalize(z).mean(0)[None]),
     ),
     Broken(
         "each row with the target of the next",
         EMBEDDED,
-        "value_at_agreement",
+        "follows_formula",
         lambda p, z: align(p, z.roll(1, 0)),
     ),
     Broken(
@@ -480,7 +476,7 @@ BROKEN = [
     Broken(
         "a gradient to the target",
         EMBEDDED,
-        "no_gradient_to_target",
+        "gradient",
         lambda p, z: 1 - cosine_similarity(wide(p), wide(z)).mean(),
     ),
     Broken(
@@ -536,6 +532,14 @@ def two_heads(a: Tensor, b: Tensor) -> Tensor:
     return contrast(a, b) + (balance(a) + balance(b)) / 2
 
 
+def minus_cosine(p: Tensor, z: Tensor) -> Tensor:
+    return alignment(p, z) - 1
+
+
+def twice(p: Tensor, z: Tensor) -> Tensor:
+    return 2 * alignment(p, z)
+
+
 def sum_of_gaps(view: Tensor) -> Tensor:
     return len(view) * balance(view)
 
@@ -558,7 +562,7 @@ def divergence(view: Tensor) -> Tensor:
 
 
 HALF = frozenset({"dtype", "finite", "lower_precision"})
-STANDARD = own_values | full_precision | trains_both | needs_rows(4)
+STANDARD = own_values | full_precision | trains_both | Preset(min_rows=4)
 RIGHT = [
     Right("BCAContrastiveLoss()", PAIR, BCAContrastiveLoss(), "", Preset()),
     Right(
@@ -578,8 +582,8 @@ RIGHT = [
     ),
     Right(
         "cluster terms of C2BINLoss, two heads",
-        *(PAIR, heads_of_two, "follows(...), column_scale is skipped"),
-        follows(two_heads, 0, math.inf) | Preset(frozenset({"column_scale"})),
+        *(PAIR, heads_of_two, "follows(...), positive_scaling is skipped"),
+        follows(two_heads, 0, math.inf) | Preset(frozenset({"positive_scaling"})),
     ),
     Right("ClusterEntropyRegularizer()", ONE, ClusterEntropyRegularizer(), "", Preset()),
     Right(
@@ -607,20 +611,24 @@ RIGHT = [
         EMBEDDED,
         DCLLoss(0.5),
         "infonce(positive_in_denominator=False, own_view=True, embeddings=True) | full_precision "
-        "| needs_rows(2)",
+        "| Preset(min_rows=2)",
         infonce(positive_in_denominator=False, own_view=True, embeddings=True)
         | full_precision
-        | needs_rows(2),
+        | Preset(min_rows=2),
     ),
     Right(
         "lightly BarlowTwinsLoss",
-        *(EMBEDDED, BarlowTwinsLoss(), "own_values | full_precision | trains_both | needs_rows(4)"),
+        *(
+            EMBEDDED,
+            BarlowTwinsLoss(),
+            "own_values | full_precision | trains_both | Preset(min_rows=4)",
+        ),
         STANDARD,
         frozenset({"positive_scaling", "strictly_monotone"}),
     ),
     Right(
         "lightly VICRegLoss",
-        *(EMBEDDED, VICRegLoss(), "own_values | full_precision | trains_both | needs_rows(4)"),
+        *(EMBEDDED, VICRegLoss(), "own_values | full_precision | trains_both | Preset(min_rows=4)"),
         STANDARD,
         frozenset({"positive_scaling", "finite"}),
     ),
@@ -629,15 +637,15 @@ RIGHT = [
         *(
             EMBEDDED,
             NegativeCosineSimilarity(),
-            "aligned(offset=-1) | full_precision | trains_both",
+            "follows(minus the cosine) | full_precision | trains_both",
         ),
-        aligned(offset=-1) | full_precision | trains_both,
+        follows(minus_cosine, -1, 1) | full_precision | trains_both,
     ),
     Right(
         "lightly SwaVLoss, on assignments",
         *(PAIR, swapped_prediction, "own_values | full_precision"),
         own_values | full_precision,
-        frozenset({"column_scale", "gradient", "dtype"}),
+        frozenset({"positive_scaling", "gradient", "dtype"}),
     ),
     Right(
         "torch cosine_similarity in float32",
@@ -651,8 +659,8 @@ RIGHT = [
         "torch mse_loss, normalised",
         EMBEDDED,
         normalised_mse,
-        "aligned(2) | full_precision",
-        aligned(2) | full_precision,
+        "follows(twice Eq. 1) | full_precision",
+        follows(twice, 0, 4) | full_precision,
     ),
     Right(
         "torch cosine_embedding_loss",
@@ -681,11 +689,23 @@ RIGHT = [
 ]
 
 
+SHORT = {ONE: "A", PAIR: "AA", EMBEDDED: "EE"}
+
+
+def table_of_invariants() -> str:
+    """What the docs show."""
+    lines = ["| name | what holds | kinds | options |", "| --- | --- | --- | --- |"]
+    for name, invariant in REGISTRY.items():
+        kinds = ", ".join(SHORT[kind] for kind in invariant.kinds)
+        options = ", ".join(f"`{o}`" for o in invariant.options if o not in ("rtol", "atol"))
+        lines.append(f"| `{name}` | {invariant.what} | {kinds} | {options} |")
+    return "\n".join(lines)
+
+
 def table_of_broken() -> str:
     """What the docs show."""
-    short = {ONE: "A", PAIR: "AA", EMBEDDED: "EE"}
     lines = ["| mistake | kind | caught by |", "| --- | --- | --- |"]
-    lines += [f"| {b.mistake} | {short[b.kind]} | `{b.caught_by}` |" for b in BROKEN]
+    lines += [f"| {b.mistake} | {SHORT[b.kind]} | `{b.caught_by}` |" for b in BROKEN]
     return "\n".join(lines)
 
 
@@ -700,4 +720,4 @@ def table_of_right() -> str:
 
 
 if __name__ == "__main__":
-    print(table_of_broken(), table_of_right(), sep="\n\n")
+    print(table_of_invariants(), table_of_broken(), table_of_right(), sep="\n\n")
