@@ -89,8 +89,9 @@ def _tangent(tensor: Tensor) -> Tensor | None:
 
 def is_batched(*grads: Tensor | None) -> bool:
     """Tell whether gradients are those of `is_grads_batched=True`, which allow nothing in place."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    return any(grad is not None and batched(grad) for grad in grads)
+    # torch._C._functorch.is_legacy_batchedtensor is younger than torch 2.2.
+    key: Any = torch._C._parse_dispatch_key("Batched")
+    return any(grad is not None and torch._C._dispatch_keys(grad).has(key) for grad in grads)
 
 
 def differentiate(
