@@ -492,8 +492,13 @@ def _contrast_options(
     positive_in_denominator: bool = True,
     symmetric: bool = True,
 ) -> _formulas.Contrast:
-    given = _formulas.Contrast(temperature, similarity, positive_in_denominator, symmetric)
-    return _formulas.Contrast(**_checks.options(**given._asdict()))
+    _checks.options(
+        temperature=temperature,
+        similarity=similarity,
+        positive_in_denominator=positive_in_denominator,
+        symmetric=symmetric,
+    )
+    return _formulas.Contrast(temperature, similarity, positive_in_denominator, symmetric)
 
 
 def _batch(
@@ -517,7 +522,7 @@ def _batch(
                 f"target_assignments: expected heads of {wanted} clusters as assignments has, "
                 f"got {clusters}"
             )
-    for name, tensor in (named | fixed_named).items():
+    for name, tensor in {**named, **fixed_named}.items():
         _checks.same_rows(name, tensor, *like)
     sums = BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
     _checks.not_logits(named, sums.mass)

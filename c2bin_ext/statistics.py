@@ -111,7 +111,7 @@ class HeadStatistics(NamedTuple):
         return cls(grams, masses, squares, layout)
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchStatistics:
     """The sums over instances of one batch.
 
@@ -123,7 +123,7 @@ class BatchStatistics:
 
     cosines: Tensor
     count: int | Tensor
-    groups: tuple[HeadStatistics, ...]
+    groups: list[HeadStatistics]
 
     @classmethod
     def of(
@@ -149,22 +149,23 @@ class BatchStatistics:
         cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
         everyone = [*views, *([head.detach() for head in view] for view in reversed(fixed))]
         floors = tuple(smallest_square(view[0].dtype) for view in everyone)
-        groups: dict[int, list[int]] = {}
-        for head, k in enumerate(tensor.shape[1] for tensor in (views[0] if views else ())):
-            groups.setdefault(0 if k <= _SMALL else head + 1, []).append(head)
+        sizes = [head.shape[1] for head in views[0]] if views else []
+        small = [head for head, k in enumerate(sizes) if k <= _SMALL]
+        groups = [[head] for head, k in enumerate(sizes) if k > _SMALL]
+        groups = [small, *groups] if small else groups
         own = aligned[0][0] if aligned else views[0][0]
         return cls(
             torch.stack(cosines) if cosines else at_least_float32(own)[0].new_empty(0),
             own.shape[0],
-            tuple(
+            [
                 _group(
                     [[view[head] for head in heads] for view in everyone],
                     views=len(views),
                     pairs=len(everyone) // 2 if contrast else 0,
                     floors=floors if contrast == "cosine" else (),
                 )
-                for heads in groups.values()
-            ),
+                for heads in groups
+            ],
         )
 
     def mass(self) -> Tensor:
@@ -187,7 +188,7 @@ class BatchStatistics:
             size = 3 * len(group.layout.num_clusters)
             groups.append(HeadStatistics.joined(sums[:size], group.layout))
             sums = sums[size:]
-        return BatchStatistics(cosines, count, tuple(groups))
+        return BatchStatistics(cosines, count, groups)
 
     def _parts(self) -> list[Tensor]:
         count = self.count
@@ -227,8 +228,7 @@ def _formula(layout: Layout, *heads: Tensor) -> list[Tensor]:
         views = heads[head::each]
         empty = views[0].new_empty(0, k)
         with without_autocast(empty):
-            pairings = zip(views[:pairs], views[pairs:], strict=False)
-            grams = [first.T @ second for first, second in pairings]
+            grams = [views[pair].T @ views[pairs + pair] for pair in range(pairs)]
         masses = [view.sum(dim=0) for view in views[: layout.views]]
         squares = [(view * view).sum(dim=0) for view in views[: len(layout.floors)]]
         parts += [

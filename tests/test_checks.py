@@ -744,9 +744,6 @@ class TestLogits:
         batched = tree_map(lambda t: t[None], arguments)
         assert flat(torch.func.vmap(case.build())(*batched)).numel() > 0
 
-    @pytest.mark.skipif(
-        torch.__version__ < "2.3", reason="torch 2.2 does not compile the losses as one graph"
-    )
     @pytest.mark.parametrize("name", ["contrast", "entropy mean", "clusters"])
     def test_nothing_is_read_when_compiled(self, name: str) -> None:
         _, arguments = one_by_one(CASES[name], "logits")[0]

@@ -32,10 +32,6 @@ from c2bin_ext.functional import bca_contrastive_loss, cluster_mass
 
 HAS_COMPILER = shutil.which("gcc") is not None and shutil.which("g++") is not None
 loads_forward_mode = pytest.mark.filterwarnings("ignore:`?torch.jit.script")
-# Its compiler follows neither the constructor of a dataclass nor a named tuple's methods.
-needs_compiler = pytest.mark.skipif(
-    torch.__version__ < "2.3", reason="torch 2.2 does not compile the losses as one graph"
-)
 # Symbolic shapes are slow to trace: one row of a kind.
 DYNAMIC = [
     "alignment",
@@ -62,7 +58,6 @@ def agree(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
         close(gradient, wanted, tolerance)
 
 
-@needs_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompile:
     @over()
@@ -136,9 +131,6 @@ class TestCompile:
 evaluated_heads = over("n = 1", where=lambda case: case.name.startswith("head"))
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.3", reason="torch 2.2 exports no parameter that is read in two places"
-)
 class TestExport:
     @evaluated_heads
     def test_head_with_a_dynamic_batch(self, case: Case) -> None:
