@@ -199,7 +199,7 @@ def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | N
     ):
         return
     rows = sum(map(len, tensors))
-    if mass is not None and abs(float(mass().detach()) - rows) <= TOLERANCE * rows:
+    if mass is not None and abs(float(mass()) - rows) <= TOLERANCE * rows:
         return
     for name, tensor in assignments.items():
         low = float(tensor.detach().amin(dim=0).amin())

@@ -8,7 +8,8 @@ pairs share kernels, and the one matrix of exponentials becomes the gradient of 
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Iterable, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +20,16 @@ from c2bin_ext._numerics import (
     SMALLEST_RATIO,
     differentiate,
     inverse_norm,
-    is_batched,
     is_eager,
+    wants_formula,
 )
-from c2bin_ext.statistics import BatchStatistics, Layout, of_head
+from c2bin_ext.statistics import BatchStatistics, Layout
 
 # In closed form exp(S) is taken without subtracting a maximum first. Cosines are at most 1, so that
 # S is at most 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
 _MIN_TEMPERATURE = 1 / 30
+# Entries of Gram matrices that are worked on at once: as many as a CPU's caches hold.
+_TILE = 2**17
 
 
 class Contrast(NamedTuple):
@@ -44,32 +47,40 @@ def alignment(statistics: BatchStatistics) -> Tensor:
     return 1 - cosines.sum() / (statistics.count * len(cosines))
 
 
-def contrast(statistics: BatchStatistics, options: Contrast) -> Tensor:
-    """Eq. 4, averaged over the pairs of a head and summed over heads."""
-    closed = options.similarity == "cosine" and options.temperature >= _MIN_TEMPERATURE
-    losses = []
-    for grams, _, squares, layout in statistics.groups:
-        loss = _Contrast.apply if closed and is_eager(grams, squares) else _contrast
-        losses.append(loss(layout, options, grams, squares))
-    return reduce(torch.add, losses)
+def cluster_terms(
+    statistics: BatchStatistics, options: Contrast | None = None
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4, averaged over the pairs of a head, and Eq. 5 as log K - H(ŝ), over the views.
+
+    Both are summed over heads; one whose sums are not there is 0.
+    """
+    closed = options is None or (
+        options.similarity == "cosine" and options.temperature >= _MIN_TEMPERATURE
+    )
+    terms = []
+    for *sums, layout in statistics.groups:
+        function = _Terms.apply if closed and is_eager(*sums) else _terms
+        terms.append(function(layout, options, *sums))
+    contrasts, balances = zip(*terms, strict=True)
+    return reduce(torch.add, contrasts), reduce(torch.add, balances)
 
 
-def balance(statistics: BatchStatistics) -> Tensor:
-    """Eq. 5 as log K - H(ŝ), summed over heads and averaged over views."""
-    losses = []
-    for _, masses, _, layout in statistics.groups:
-        loss = _Balance.apply if is_eager(masses) else _balance
-        losses.append(loss(layout, masses))
-    return reduce(torch.add, losses)
+def _terms(
+    layout: Layout, options: Contrast | None, grams: Tensor, masses: Tensor, squares: Tensor
+) -> tuple[Tensor, Tensor]:
+    return (
+        _contrast(layout, options, grams, squares) if options else grams.new_zeros(()),
+        _balance(layout, masses) if layout.views else masses.new_zeros(()),
+    )
 
 
 def _contrast(layout: Layout, options: Contrast, grams: Tensor, squares: Tensor) -> Tensor:
     losses = []
     norms = _inverse_norms(layout, squares) if options.similarity == "cosine" else None
     for head, k in enumerate(layout.num_clusters):
-        logits = of_head(grams, head, k) / options.temperature
+        logits = layout.own(grams, head) / options.temperature
         if norms is not None:
-            firsts, seconds = of_head(norms, head, k).chunk(2)
+            firsts, seconds = layout.own(norms, head).chunk(2)
             logits = logits * firsts[:, :, None] * seconds[:, None, :]
         negatives = logits
         if not options.positive_in_denominator:
@@ -93,84 +104,10 @@ def _inverse_norms(layout: Layout, squares: Tensor) -> Tensor:
     return torch.stack([inverse_norm(row, floor) for row, floor in rows])
 
 
-def _sizes(layout: Layout, like: Tensor) -> Tensor | int:
-    """Return K of every head, (heads, 1), or the one that all have."""
-    if len(set(layout.num_clusters)) == 1:
-        return layout.num_clusters[0]
-    # Filled: a copy from the host would wait for the GPU.
-    sizes = like.new_empty(len(layout.num_clusters), 1)
-    for row, k in zip(sizes.unbind(), layout.num_clusters, strict=True):
-        row.fill_(k)
-    return sizes
-
-
-class _Contrast(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, layout: Layout, options: Contrast, grams: Tensor, squares: Tensor
-    ) -> Tensor:
-        norms = _inverse_norms(layout, squares)
-        firsts, seconds = norms.chunk(2)
-        firsts = firsts / options.temperature
-        sizes = _sizes(layout, grams)
-        exponentials = torch.mul(grams, firsts.unsqueeze(3)).mul_(seconds.unsqueeze(2)).exp_()
-        if not options.positive_in_denominator:
-            exponentials.diagonal(0, 2, 3).zero_()
-        if isinstance(sizes, Tensor):
-            # What fills heads up counts nowhere: its exponentials are 0, their sums 1.
-            used = (torch.arange(grams.shape[3], device=grams.device) < sizes).to(grams.dtype)
-            exponentials.mul_(used.unsqueeze(2)).mul_(used.unsqueeze(1))
-        rows = exponentials.sum(3)
-        columns = exponentials.sum(2) if options.symmetric else rows
-        if isinstance(sizes, Tensor):
-            empty = 1 - used
-            rows, columns = rows + empty, columns + empty
-        # Half of the mean over clusters and pairs, for each direction.
-        ctx.weights = 0.5 / (layout.pairs * sizes)
-        ctx.save_for_backward(grams, squares, exponentials, rows, columns, norms, firsts)
-        ctx.layout, ctx.options = layout, options
-        positive = grams.diagonal(0, 2, 3) * firsts * seconds
-        return (rows * columns).log_().sub_(positive, alpha=2).mul_(ctx.weights).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layout, options = ctx.layout, ctx.options
-        grams, squares, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # with create_graph=True, and only then
-
-            def formula(grams: Tensor, squares: Tensor) -> tuple[Tensor]:
-                return (_contrast(layout, options, grams, squares),)
-
-            needed = ctx.needs_input_grad[2:]
-            return None, None, *differentiate(formula, (grams, squares), needed, (grad,))
-        exponentials, rows, columns, norms, firsts = saved
-        seconds = norms[layout.pairs :]
-        # dL/dS is softmax over rows (and over columns) minus the identity; S_kj is the Gram
-        # matrix times f_k s_j, inverse norms over τ, and so dL/dS_kj times f_k s_j its gradient.
-        batched = is_batched(grad)
-        weights = ctx.weights if batched else ctx.weights * grad
-        by_row, by_column = weights / rows, weights / columns
-        if not options.symmetric:
-            by_row, by_column = by_row.mul_(2), by_column.zero_()
-        at_positive = (firsts * seconds).mul_(weights)
-        first, second = firsts.unsqueeze(3), seconds.unsqueeze(2)
-        grad_grams = torch.mul(by_row.mul_(firsts).unsqueeze(3), second)
-        grad_grams.addcmul_(first, by_column.mul_(seconds).unsqueeze(2)).mul_(exponentials)
-        grad_grams.diagonal(0, 2, 3).sub_(at_positive, alpha=2)
-        # Through the norms: S falls with ‖c‖, and Σ_j dL/dS_kj S_kj is what a Gram matrix times its
-        # gradient sums up to.
-        product = grad_grams * grams
-        grad_squares = torch.cat([product.sum(3), product.sum(2)])
-        grad_squares.mul_(norms).mul_(norms).mul_(-0.5)
-        if batched:
-            grad_grams, grad_squares = grad_grams * grad, grad_squares * grad
-        return None, None, grad_grams, grad_squares
-
-
 def _balance(layout: Layout, masses: Tensor) -> Tensor:
     gaps = []
     for head, k in enumerate(layout.num_clusters):
-        mass = of_head(masses, head, k)
+        mass = layout.own(masses, head)
         # Without any mass, shares and gradient are 0.
         share = mass / torch.threshold(mass.sum(dim=1, keepdim=True), SMALLEST_MASS, torch.inf)
         # Σ ŝ log(K ŝ) is log K - H(ŝ) without the cancellation near balance.
@@ -181,30 +118,140 @@ def _balance(layout: Layout, masses: Tensor) -> Tensor:
     return reduce(torch.add, gaps)
 
 
-class _Balance(torch.autograd.Function):
-    """Empty clusters, with which heads are filled up, add nothing to H."""
+class _Terms(torch.autograd.Function):
+    """`_terms` with the gradient in closed form.
+
+    Clusters with which heads are filled up have mass, norm and S = 0. So they add nothing to H;
+    exp(S) stays 0 there too, and its sums count as 1, whose logarithm is 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, masses: Tensor) -> Tensor:
-        total = torch.threshold(masses.sum(dim=2, keepdim=True), SMALLEST_MASS, torch.inf)
-        share = masses / total
-        ratio = share * _sizes(layout, masses)
-        floored = ratio.clamp_min(SMALLEST_RATIO)
-        log = floored.log()
-        if ctx.needs_input_grad[1]:
-            slope = torch.addcdiv(log, ratio, floored)
-            slope.sub_((slope * share).sum(dim=2, keepdim=True)).div_(total)
-            ctx.save_for_backward(masses, slope)
-            ctx.layout = layout
-        return (share * log).sum(dim=2).clamp_min_(0).sum() / len(masses)
+    def forward(
+        ctx: Any, layout: Layout, options: Contrast | None, *sums: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grams, masses, squares = sums
+        sizes = _sizes(layout, grams)
+        contrast = balance = grams.new_zeros(())
+        of_contrast: tuple[Tensor, ...] = ()
+        of_balance: tuple[Tensor, ...] = ()
+        if options is not None:
+            contrast, of_contrast = _closed_contrast(layout, options, grams, squares, sizes)
+        if layout.views:
+            balance, of_balance = _closed_balance(masses, sizes)
+        ctx.save_for_backward(*sums, *of_contrast, *of_balance)
+        ctx.layout, ctx.options = layout, options
+        ctx.set_materialize_grads(False)
+        return contrast, balance
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layout, (masses, slope) = ctx.layout, ctx.saved_tensors
-        if torch.is_grad_enabled():  # with create_graph=True, and only then
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layout, options, needed = ctx.layout, ctx.options, ctx.needs_input_grad[2:]
+        sums, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        if wants_formula(*grads):
+            formula = partial(_terms, layout, options)
+            return None, None, *differentiate(formula, sums, needed, grads)
+        contrast, balance = grads
+        grad_grams = grad_masses = grad_squares = None
+        if balance is not None and layout.views:
+            grad_masses = saved[-1] * balance
+        if contrast is not None and options is not None:
+            grad_grams, grad_squares = _contrast_gradients(
+                layout, options, sums[0], saved, contrast
+            )
+        return None, None, grad_grams, grad_masses, grad_squares
 
-            def formula(masses: Tensor) -> tuple[Tensor]:
-                return (_balance(layout, masses),)
 
-            return None, *differentiate(formula, (masses,), [True], (grad,))
-        return None, slope * (grad / len(masses))
+def _sizes(layout: Layout, like: Tensor) -> Tensor | int:
+    """Return K of every head, (heads, 1), or the one that all have."""
+    if not layout.is_filled:
+        return layout.num_clusters[0]
+    # Filled: a copy from the host would wait for the GPU.
+    sizes = like.new_empty(len(layout.num_clusters), 1)
+    for row, k in zip(sizes.unbind(), layout.num_clusters, strict=True):
+        row.fill_(k)
+    return sizes
+
+
+def _closed_contrast(
+    layout: Layout,
+    options: Contrast,
+    grams: Tensor,
+    squares: Tensor,
+    sizes: Tensor | int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss and what its gradient needs."""
+    norms = _inverse_norms(layout, squares)
+    firsts, seconds = norms.chunk(2)
+    firsts = firsts / options.temperature
+    exponentials = torch.empty_like(grams)
+    by_row, by_column = [], []
+    for start, gram, first, part in _tiles(grams, firsts, exponentials):
+        torch.mul(gram, first.unsqueeze(3), out=part).mul_(seconds.unsqueeze(2))
+        for block in layout.blocks(part) if layout.is_filled else [part]:
+            block.exp_()
+        if not options.positive_in_denominator:
+            part.diagonal(start, 2, 3).zero_()
+        by_row.append(part.sum(3))
+        by_column.append(part.sum(2) if options.symmetric else by_row[-1])
+    rows = torch.cat(by_row, 2)
+    columns = reduce(torch.add, by_column) if options.symmetric else rows
+    if layout.is_filled:
+        rows, columns = (torch.threshold(sums, 0, 1) for sums in (rows, columns))
+    # Half of the mean over clusters and pairs, for each direction.
+    weight = 0.5 / (layout.pairs * sizes)
+    positive = grams.diagonal(0, 2, 3) * firsts * seconds
+    loss = (rows * columns).log_().sub_(positive, alpha=2).mul_(weight).sum()
+    # dL/dS is softmax over rows (and over columns) minus the identity.
+    row_weights, column_weights = weight / rows, weight / columns
+    if not options.symmetric:
+        row_weights, column_weights = row_weights.mul_(2), column_weights.zero_()
+    at_positive = (firsts * seconds).mul_(2 * weight)
+    return loss, (exponentials, row_weights, column_weights, at_positive, norms, firsts)
+
+
+def _contrast_gradients(
+    layout: Layout, options: Contrast, grams: Tensor, saved: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the Gram matrices and of the squared norms."""
+    exponentials, row_weights, column_weights, at_positive, norms, firsts = saved[:6]
+    seconds = norms[layout.pairs :] * grad
+    # S_kj is the Gram matrix times f_k s_j, inverse norms over τ, and so dL/dS_kj times f_k s_j its
+    # gradient.
+    row_weights, column_weights = row_weights * firsts, column_weights * seconds
+    at_positive = at_positive * grad
+    grad_grams = torch.empty_like(grams)
+    by_row, by_column = [], []
+    for start, gram, first, exponential, at_row, own, part in _tiles(
+        grams, firsts, exponentials, row_weights, at_positive, grad_grams
+    ):
+        torch.mul(at_row.unsqueeze(3), seconds.unsqueeze(2), out=part)
+        part.addcmul_(first.unsqueeze(3), column_weights.unsqueeze(2)).mul_(exponential)
+        part.diagonal(start, 2, 3).sub_(own)
+        # Through the norms: S falls with ‖c‖, and Σ_j dL/dS_kj S_kj is what a Gram matrix times
+        # its gradient sums up to.
+        product = part * gram
+        by_row.append(product.sum(3))
+        by_column.append(product.sum(2))
+    grad_squares = torch.cat([torch.cat(by_row, 2), reduce(torch.add, by_column)])
+    return grad_grams, grad_squares.mul_(norms).mul_(norms).mul_(-0.5)
+
+
+def _tiles(*arrays: Tensor) -> Iterable[Any]:
+    """Split (pairs, heads, K, …) arrays into rows to work on at once, each with its first row."""
+    pairs, heads, k = arrays[0].shape[:3]
+    rows = max(1, _TILE // (pairs * k))
+    if rows >= k or heads > 1 or arrays[0].device.type != "cpu":
+        return [(0, *arrays)]
+    return zip(range(0, k, rows), *(torch.split(array, rows, 2) for array in arrays), strict=True)
+
+
+def _closed_balance(masses: Tensor, sizes: Tensor | int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss and its gradient."""
+    total = torch.threshold(masses.sum(dim=2, keepdim=True), SMALLEST_MASS, torch.inf)
+    share = masses / total
+    ratio = share * sizes
+    floored = ratio.clamp_min(SMALLEST_RATIO)
+    log = floored.log()
+    gap = (share * log).sum(dim=2, keepdim=True)
+    slope = torch.addcdiv(log, ratio, floored).sub_(gap + 1).div_(total * len(masses))
+    return gap.clamp_min(0).sum() / len(masses), (slope,)

@@ -87,11 +87,16 @@ def _tangent(tensor: Tensor) -> Tensor | None:
     return tangent
 
 
-def is_batched(*grads: Tensor | None) -> bool:
-    """Tell whether gradients are those of `is_grads_batched=True`, which allow nothing in place."""
+def wants_formula(*grads: Tensor | None) -> bool:
+    """Tell whether a backward pass wants a graph, or gets gradients that nothing may write into.
+
+    The first is that of `create_graph=True`, the second that of `is_grads_batched=True`.
+    """
     # torch._C._functorch.is_legacy_batchedtensor is younger than torch 2.2.
     key: Any = torch._C._parse_dispatch_key("Batched")
-    return any(grad is not None and torch._C._dispatch_keys(grad).has(key) for grad in grads)
+    return torch.is_grad_enabled() or any(
+        grad is not None and torch._C._dispatch_keys(grad).has(key) for grad in grads
+    )
 
 
 def differentiate(

@@ -209,9 +209,11 @@ def bca_contrastive_loss(
     _check_assignments("assignments1", assignments1, validate_args)
     _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
     views = {"assignments0": assignments0, "assignments1": assignments1}
-    sums = BatchStatistics.of(views=[[view] for view in views.values()], contrast=similarity)
-    _checks.not_logits(views, sums.mass)
-    return _formulas.contrast(_total(sums, gather_distributed, validate_args), options)
+    _checks.not_logits(views)
+    heads = [[view] for view in views.values()]
+    sums = BatchStatistics.of(views=heads, contrast=similarity, balance=False)
+    total = _total(sums, gather_distributed, validate_args)
+    return _formulas.cluster_terms(total, options)[0]
 
 
 def cluster_mass(assignments: Tensor) -> Tensor:
@@ -284,7 +286,8 @@ def cluster_entropy_regularizer(
     _check_assignments("assignments", assignments, validate_args)
     sums = BatchStatistics.of(views=[[assignments]])
     _checks.not_logits({"assignments": assignments}, sums.mass)
-    return _entropy(_total(sums, gather_distributed, validate_args), reduction)
+    total = _total(sums, gather_distributed, validate_args)
+    return _reduced(_formulas.cluster_terms(total)[1], total, reduction)
 
 
 def multi_scale_cluster_loss(
@@ -420,7 +423,7 @@ def c2bin_loss(
     total = _total(sums, gather_distributed, validate_args, statistics)
     alignment = _formulas.alignment(total)
     clusters = _cluster_terms(total, options, entropy_weight, reduction)
-    loss = alignment + cluster_weight * clusters.loss
+    loss = torch.add(alignment, clusters.loss, alpha=cluster_weight)
     return C2BINLossOutput(loss, alignment, clusters.contrast, clusters.entropy)
 
 
@@ -553,13 +556,13 @@ def _total(
 def _cluster_terms(
     sums: BatchStatistics, options: _formulas.Contrast, entropy_weight: float, reduction: str
 ) -> ClusterLossOutput:
-    contrast, entropy = _formulas.contrast(sums, options), _entropy(sums, reduction)
-    return ClusterLossOutput(contrast + entropy_weight * entropy, contrast, entropy)
+    contrast, entropy = _formulas.cluster_terms(sums, options)
+    entropy = _reduced(entropy, sums, reduction)
+    return ClusterLossOutput(torch.add(contrast, entropy, alpha=entropy_weight), contrast, entropy)
 
 
-def _entropy(sums: BatchStatistics, reduction: str) -> Tensor:
-    gap = _formulas.balance(sums)
-    return gap * sums.count if reduction == "sum" else gap
+def _reduced(entropy: Tensor, sums: BatchStatistics, reduction: str) -> Tensor:
+    return entropy * sums.count if reduction == "sum" else entropy
 
 
 def _check_embeddings(

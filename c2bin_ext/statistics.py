@@ -20,10 +20,10 @@ from torch.nn.functional import pad
 from c2bin_ext._numerics import (
     at_least_float32,
     differentiate,
-    is_batched,
     is_eager,
     smallest_square,
     unit_rows,
+    wants_formula,
     without_autocast,
 )
 
@@ -53,7 +53,7 @@ def at_value_of(own: Tensor, total: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """Which sums there are of a group of heads.
+    """Which sums there are of a group of heads, each filled up to the K of the largest.
 
     Attributes:
         num_clusters: K of each head.
@@ -68,13 +68,29 @@ class Layout(NamedTuple):
     pairs: int
     floors: tuple[float, ...]
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether a head is smaller than another, and so filled up with empty clusters."""
+        return len(set(self.num_clusters)) > 1
 
-def of_head(sums: Tensor, head: int, clusters: int) -> Tensor:
-    """Return a view of what is one head's, without what it is filled up with."""
-    own = sums.select(1, head)
-    for dim in range(1, own.ndim):
-        own = own.narrow(dim, 0, clusters)
-    return own
+    def own(self, sums: Tensor, head: int) -> Tensor:
+        """Return a view of what is one head's, without what it is filled up with."""
+        own = sums.select(1, head)
+        for dim in range(1, own.ndim):
+            own = own.narrow(dim, 0, self.num_clusters[head])
+        return own
+
+    def rows(self, sums: Tensor) -> Sequence[Tensor]:
+        """Return views of the masses, or of the squares, of each view and head."""
+        most = sums.shape[-1]
+        sizes = [size for k in self.num_clusters for size in (k, most - k)]
+        return sums.reshape(-1).split_with_sizes(sizes * len(sums))[::2]
+
+    def blocks(self, grams: Tensor) -> list[Tensor]:
+        """Return views of the Gram matrices of each pair and head."""
+        blocks = grams.flatten(0, 1).unbind()
+        sizes = self.num_clusters * self.pairs
+        return [block[:k, :k] for block, k in zip(blocks, sizes, strict=True)]
 
 
 class HeadStatistics(NamedTuple):
@@ -98,8 +114,8 @@ class HeadStatistics(NamedTuple):
         """Return views of the sums of each head alone: of every head those of each kind."""
         return [
             part
-            for head, k in enumerate(self.layout.num_clusters)
-            for part in (of_head(kind, head, k) for kind in self[:3])
+            for head in range(len(self.layout.num_clusters))
+            for part in (self.layout.own(kind, head) for kind in self[:3])
         ]
 
     @classmethod
@@ -133,6 +149,7 @@ class BatchStatistics:
         fixed: Sequence[Sequence[Tensor]] = (),
         *,
         contrast: str = "",
+        balance: bool = True,
     ) -> BatchStatistics:
         """Sum over the instances at hand.
 
@@ -142,6 +159,7 @@ class BatchStatistics:
             fixed: likewise of the follower, which gets no gradient: each of the runner's views is
                 contrasted with the follower's other one instead of with the runner's.
             contrast: `"cosine"`, `"dot"`, or nothing, for masses alone.
+            balance: whether to sum the masses of the runner's views.
 
         Returns:
             The sums, with the gradient of the assignments and of the predictions.
@@ -160,7 +178,7 @@ class BatchStatistics:
             [
                 _group(
                     [[view[head] for head in heads] for view in everyone],
-                    views=len(views),
+                    views=len(views) if balance else 0,
                     pairs=len(everyone) // 2 if contrast else 0,
                     floors=floors if contrast == "cosine" else (),
                 )
@@ -170,7 +188,7 @@ class BatchStatistics:
 
     def mass(self) -> Tensor:
         """The mass of all clusters together: n for every view and head, of rows that sum to 1."""
-        return reduce(torch.add, (group.masses.sum() for group in self.groups))
+        return reduce(torch.add, (group.masses.detach().sum() for group in self.groups))
 
     def flat(self) -> Tensor:
         """Return all sums in one vector, which ranks and micro-batches add up."""
@@ -233,14 +251,14 @@ def _formula(layout: Layout, *heads: Tensor) -> list[Tensor]:
         squares = [(view * view).sum(dim=0) for view in views[: len(layout.floors)]]
         parts += [
             torch.stack(grams) if grams else empty[:, None].expand(0, k, k),
-            torch.stack(masses),
+            torch.stack(masses) if masses else empty,
             torch.stack(squares) if squares else empty,
         ]
     return parts
 
 
 class _Sums(torch.autograd.Function):
-    """`_formula` with the gradient in closed form: one product and one addition a matrix."""
+    """`_formula` with the gradient in closed form: one addition and one product a matrix."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, *heads: Tensor) -> tuple[Tensor, ...]:
@@ -248,50 +266,48 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(*heads)
         ctx.layout = layout
         ctx.set_materialize_grads(False)
-        grams = heads[0].new_zeros(pairs, each, most, most)
-        masses = heads[0].new_zeros(layout.views, each, most)
-        squares = heads[0].new_zeros(len(layout.floors), each, most)
-        for own, row in zip(heads, masses.view(-1, most).unbind(), strict=False):
-            torch.sum(own, 0, out=row[: own.shape[1]])
-        for own, row in zip(heads, squares.view(-1, most).unbind(), strict=False):
-            torch.sum(own * own, 0, out=row[: own.shape[1]])
+        new = heads[0].new_zeros if layout.is_filled else heads[0].new_empty
+        grams = new((pairs, each, most, most))
+        masses = new((layout.views, each, most))
+        squares = new((len(layout.floors), each, most))
+        for own, mass in zip(heads, layout.rows(masses), strict=False):
+            torch.sum(own, 0, out=mass)
+        for own, square in zip(heads, layout.rows(squares), strict=False):
+            torch.sum(own * own, 0, out=square)
         for own, other, gram in zip(
-            heads, heads[pairs * each :], grams.view(-1, most, most).unbind(), strict=False
+            heads, heads[pairs * each :], layout.blocks(grams), strict=False
         ):
-            k = own.shape[1]
             # Autocast leaves products alone that are told where to write.
-            torch.mm(own.T, other, out=gram[:k, :k])
+            torch.mm(own.T, other, out=gram)
         return grams, masses, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layout, heads, needed = ctx.layout, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # with create_graph=True, and only then
+        if wants_formula(*grads):
 
             def formula(*heads: Tensor) -> tuple[Tensor, ...]:
                 return HeadStatistics.joined(_formula(layout, *heads), layout)[:3]
 
             return None, *differentiate(formula, heads, needed, grads)
-        each, pairs, batched = len(layout.num_clusters), layout.pairs, is_batched(*grads)
-        found: list[Tensor | None] = [None] * len(heads)
-        for head, k in enumerate(layout.num_clusters):
-            kinds = ([] if kind is None else of_head(kind, head, k).unbind() for kind in grads)
-            grams, masses, squares = kinds
-            for at in range(head, len(heads), each):
-                if not needed[at]:
-                    continue
-                own, view = heads[at], at // each
-                grad = masses[view].expand_as(own) if masses else None
-                if grams:
-                    gram, other = grams[view % pairs], heads[(at + pairs * each) % len(heads)]
-                    factors = other, gram.T if view < pairs else gram
-                    out = None if batched else own.new_empty(own.shape)
-                    # With the masses' gradient as the bias of the product.
-                    product = torch.mm if grad is None else partial(torch.addmm, grad)
-                    grad = product(*factors, out=out)
-                    if squares:
-                        # The output of the product is this function's own.
-                        add = grad.addcmul if batched else grad.addcmul_
-                        grad = add(own, squares[view], value=2)
-                found[at] = grad
+        count, half = len(heads), layout.pairs * len(layout.num_clusters)
+        grams = [] if grads[0] is None else layout.blocks(grads[0])
+        masses = () if grads[1] is None else layout.rows(grads[1])
+        squares = () if grads[2] is None else layout.rows(grads[2] * 2)
+        found: list[Tensor | None] = [None] * count
+        for at, own in enumerate(heads):
+            if not needed[at]:
+                continue
+            grad = masses[at] if at < len(masses) else None
+            if at < len(squares):
+                # One pass over n x K entries, which the product then adds to.
+                square = squares[at]
+                grad = own * square if grad is None else torch.addcmul(grad, own, square)
+            if grams:
+                gram = grams[at % half]
+                factors = heads[(at + half) % count], gram.T if at < half else gram
+                product = torch.mm if grad is None else partial(torch.addmm, grad)
+                out = grad if at < len(squares) else torch.empty_like(own)
+                grad = product(*factors, out=out)
+            found[at] = grad if grad is None or grad.ndim == 2 else grad.expand_as(own)
         return None, *found
