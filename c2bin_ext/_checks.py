@@ -22,37 +22,33 @@ TOLERANCE = 1e-2
 _LARGEST = sys.float_info.max
 
 
+def _typed(name: str, value: object, kind: Any, expected: str) -> None:
+    # A bool is an int in Python, and never meant as one here.
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
+        raise TypeError(
+            f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}"
+        )
+
+
 def finite_number(name: str, value: float, *, above: float | None = None) -> float:
     """Return `value` as a float; it must be finite and >= 0, or > `above` where that is given."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{name}: expected {_finite(above)}, got {value!r} of type {type(value).__name__}"
-        )
+    expected = f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
+    _typed(name, value, (int, float), expected)
     # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
     if not (value >= 0 if above is None else value > above) or value > _LARGEST:
-        raise ValueError(f"{name}: expected {_finite(above)}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return float(value)
-
-
-def _finite(above: float | None) -> str:
-    return f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
 
 
 def flag(name: str, value: bool) -> bool:
     """Return `value`, which must be a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"{name}: expected True or False, got {value!r} of type {type(value).__name__}"
-        )
+    _typed(name, value, bool, "True or False")
     return value
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> str:
     """Return `value`, which must be one of `options`."""
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{name}: expected one of {options}, got {value!r} of type {type(value).__name__}"
-        )
+    _typed(name, value, str, f"one of {options}")
     if value not in options:
         raise ValueError(f"{name}: expected one of {options}, got {value!r}")
     return value
@@ -60,10 +56,7 @@ def choice(name: str, value: str, options: tuple[str, ...]) -> str:
 
 def whole_number(name: str, value: int, minimum: int) -> int:
     """Return `value`, which must be an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name}: expected an int >= {minimum}, got {value!r} of type {type(value).__name__}"
-        )
+    _typed(name, value, int, f"an int >= {minimum}")
     if value < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
     return value

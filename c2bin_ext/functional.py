@@ -312,11 +312,8 @@ def multi_scale_cluster_loss(
         assignments: (heads of view 0, heads of view 1), each a sequence of (n, K) tensors with
             the same K at the same place, such as `MultiScaleClusterHead` returns.
         entropy_weight: λ_ent >= 0.
-        temperature: τ > 0, see `bca_contrastive_loss`.
-        similarity: `"cosine"` or `"dot"`, see `bca_contrastive_loss`.
-        positive_in_denominator: see `bca_contrastive_loss`.
-        symmetric: contrast in both directions, see `bca_contrastive_loss`.
-        reduction: `"mean"` or `"sum"`, see `cluster_entropy_regularizer`.
+        temperature, similarity, positive_in_denominator, symmetric: see `bca_contrastive_loss`.
+        reduction: see `cluster_entropy_regularizer`.
         gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
             global batch, with one all-reduce of O(ΣK²) numbers for all heads together. Local
             batches may differ in size.
@@ -378,15 +375,11 @@ def c2bin_loss(
         targets: (z0, z1), the follower's projector outputs, each (n, d). p0 is aligned with z1
             and p1 with z0.
         assignments: (heads of view 0, heads of view 1), see `multi_scale_cluster_loss`.
-        cluster_weight: λ_clust >= 0.
-        entropy_weight: λ_ent >= 0.
-        temperature: τ > 0, see `bca_contrastive_loss`.
-        similarity: `"cosine"` or `"dot"`, see `bca_contrastive_loss`.
-        positive_in_denominator: see `bca_contrastive_loss`.
-        symmetric: contrast in both directions, see `bca_contrastive_loss`.
+        cluster_weight, entropy_weight: λ_clust >= 0 and λ_ent >= 0.
+        temperature, similarity, positive_in_denominator, symmetric: see `bca_contrastive_loss`.
         symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
             the first, as printed, and p1 and z0 are not read.
-        reduction: `"mean"` or `"sum"`, see `cluster_entropy_regularizer`.
+        reduction: see `cluster_entropy_regularizer`.
         gather_distributed: the exact loss and gradient of the global batch of all ranks, with one
             all-reduce for all terms together, see `multi_scale_cluster_loss`.
         validate_args: check that values are finite and rows of assignments sum to 1; waits for
@@ -448,21 +441,15 @@ def c2bin_statistics(
     is recorded.
 
     Args:
-        predictions: see `c2bin_loss`.
-        targets: see `c2bin_loss`.
-        assignments: see `c2bin_loss`.
-        similarity: see `c2bin_loss`.
-        symmetric_alignment: see `c2bin_loss`.
+        predictions, targets, assignments, target_assignments: see `c2bin_loss`.
+        similarity, symmetric_alignment, validate_args: see `c2bin_loss`.
         gather_distributed: sum over ranks too, in one all-reduce.
-        validate_args: see `c2bin_loss`.
-        target_assignments: see `c2bin_loss`.
 
     Returns:
         A vector of as many sums, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: as `c2bin_loss`.
-        ValueError: as `c2bin_loss`.
+        TypeError, ValueError: as `c2bin_loss`.
 
     Examples:
         >>> import torch

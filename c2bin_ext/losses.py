@@ -173,11 +173,8 @@ class MultiScaleClusterLoss(_Loss):
 
     Args:
         entropy_weight: λ_ent >= 0.
-        temperature: τ > 0, see `BCAContrastiveLoss`.
-        similarity: `"cosine"` or `"dot"`, see `BCAContrastiveLoss`.
-        positive_in_denominator: see `BCAContrastiveLoss`.
-        symmetric: contrast in both directions, see `BCAContrastiveLoss`.
-        reduction: `"mean"` or `"sum"`, see `ClusterEntropyRegularizer`.
+        temperature, similarity, positive_in_denominator, symmetric: see `BCAContrastiveLoss`.
+        reduction: see `ClusterEntropyRegularizer`.
         gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
             global batch over all ranks, with one all-reduce.
         validate_args: check that values are finite and rows sum to 1; waits for the GPU.
@@ -232,15 +229,11 @@ class C2BINLoss(_Loss):
     Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
 
     Args:
-        cluster_weight: λ_clust >= 0.
-        entropy_weight: λ_ent >= 0.
-        temperature: τ > 0, see `BCAContrastiveLoss`.
-        similarity: `"cosine"` or `"dot"`, see `BCAContrastiveLoss`.
-        positive_in_denominator: see `BCAContrastiveLoss`.
-        symmetric: contrast in both directions, see `BCAContrastiveLoss`.
+        cluster_weight, entropy_weight: λ_clust >= 0 and λ_ent >= 0.
+        temperature, similarity, positive_in_denominator, symmetric: see `BCAContrastiveLoss`.
         symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
             the first, as printed, and p1 and z0 are not read.
-        reduction: `"mean"` or `"sum"`, see `ClusterEntropyRegularizer`.
+        reduction: see `ClusterEntropyRegularizer`.
         gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
             global batch over all ranks, with one all-reduce.
         validate_args: check that values are finite and rows of assignments sum to 1; waits for
@@ -353,20 +346,9 @@ class C2BINLoss(_Loss):
     ) -> Tensor:
         """All sums over instances that the loss needs of a micro-batch, Eq. 1, 4 and 5.
 
-        Formula: see `functional.c2bin_statistics`. They add up over the micro-batches of a batch;
-        given the total, the loss of a micro-batch is that of the batch, and gradients add up.
-
-        Args:
-            predictions: as for the call of the loss, and so the others.
-            targets: (z0, z1), each (n, d).
-            assignments: (heads of view 0, heads of view 1), each a sequence of (n, K).
-            target_assignments: likewise of the follower, or None.
-
-        Returns:
-            A vector, without gradient.
-
-        Raises:
-            TypeError, ValueError: as the call of the loss.
+        They add up over the micro-batches of a batch; given the total, the loss of a micro-batch is
+        that of the batch, and gradients add up. Arguments are those of the call; the result is
+        a vector, without gradient: see `functional.c2bin_statistics`.
 
         Examples:
             >>> import torch
@@ -379,8 +361,6 @@ class C2BINLoss(_Loss):
             >>> total = sum(criterion.statistics(*outputs(part)) for part in micro_batches)
             >>> for part in micro_batches:
             ...     criterion(*outputs(part), statistics=total).loss.backward()
-
-        Source: `functional.c2bin_statistics`.
         """
         return functional.c2bin_statistics(
             predictions,

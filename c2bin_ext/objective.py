@@ -29,16 +29,9 @@ class C2BINObjective(nn.Module):
         num_clusters: K of each head.
         normalize: L2-normalise features for the heads, see `MultiScaleClusterHead`.
         hidden_features: width of a hidden layer of the heads, see `MultiScaleClusterHead`.
-        cluster_weight: see `C2BINLoss`.
-        entropy_weight: see `C2BINLoss`.
-        temperature: see `C2BINLoss`.
-        similarity: see `C2BINLoss`.
-        positive_in_denominator: see `C2BINLoss`.
-        symmetric: see `C2BINLoss`.
-        symmetric_alignment: see `C2BINLoss`.
-        reduction: see `C2BINLoss`.
-        gather_distributed: see `C2BINLoss`.
-        validate_args: see `C2BINLoss`.
+        cluster_weight, entropy_weight, temperature, similarity: see `C2BINLoss`.
+        positive_in_denominator, symmetric, symmetric_alignment, reduction: see `C2BINLoss`.
+        gather_distributed, validate_args: see `C2BINLoss`.
         bias: whether the heads' linear map has a bias.
 
     Returns:
@@ -116,19 +109,7 @@ class C2BINObjective(nn.Module):
     ) -> Tensor:
         """All sums over instances that the objective needs of a micro-batch, Eq. 1, 4 and 5.
 
-        Formula: see `functional.c2bin_statistics`; how to use them: see `C2BINLoss.statistics`.
-
-        Args:
-            predictions: as for the call, and so the others.
-            targets: (z0, z1), each (n, e).
-            features: (r0, r1), each (n, d).
-            target_features: (f0, f1), each (n, d), or None.
-
-        Returns:
-            A vector, without gradient.
-
-        Raises:
-            TypeError, ValueError: as the call.
+        Arguments are those of the call; how to use the result: see `C2BINLoss.statistics`.
 
         Examples:
             >>> import torch
@@ -136,8 +117,6 @@ class C2BINObjective(nn.Module):
             >>> objective, views = C2BINObjective(8, (4,)), torch.randn(2, 16, 8)
             >>> objective.statistics(views.unbind(), views.unbind(), views.unbind()).shape
             torch.Size([35])
-
-        Source: `functional.c2bin_statistics`.
         """
         with torch.no_grad():
             heads, fixed = self._assignments(features, target_features)

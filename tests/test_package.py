@@ -139,7 +139,7 @@ def test_function_docstrings(name: str, equation: str) -> None:
     text = inspect.getdoc(function) or ""
     check_docstring(text, equation)
     for parameter in inspect.signature(function).parameters:
-        assert re.search(rf"^\s*{parameter}\b", text, re.MULTILINE), parameter
+        assert re.search(rf"^\s*(\w+, )*{parameter}(, \w+)*:", text, re.MULTILINE), parameter
 
 
 @pytest.mark.parametrize(("name", "equation"), CLASSES.items(), ids=CLASSES)
@@ -148,7 +148,7 @@ def test_class_docstrings(name: str, equation: str) -> None:
     text = inspect.getdoc(item) or ""
     check_docstring(text, equation)
     for parameter in inspect.signature(item).parameters:
-        assert re.search(rf"^\s*{parameter}\b", text, re.MULTILINE), parameter
+        assert re.search(rf"^\s*(\w+, )*{parameter}(, \w+)*:", text, re.MULTILINE), parameter
     for parameter in list(inspect.signature(item.forward).parameters)[1:]:
         assert f"`{parameter}`" in text, parameter
 
