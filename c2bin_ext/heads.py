@@ -140,7 +140,6 @@ def _in_dtype(module: nn.Module, rows: Tensor) -> Tensor:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
     result = functional_call(module, state, (rows,))
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(state[name])
+    for name, buffer in module.named_buffers():
+        buffer.copy_(state[name])
     return result

@@ -162,3 +162,13 @@ def test_repr_shows_head_and_loss() -> None:
     text = repr(C2BINObjective(4, (2, 5), temperature=0.3))
     for part in ("in_features=4", "num_clusters=(2, 5)", "normalize=True", "temperature=0.3"):
         assert part in text
+
+
+def test_graphs_are_recorded_of_the_runner_only() -> None:
+    objective, (*aligned, features, fixed), recorded = objective_module(), inputs(), []
+    objective.head.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    objective(*aligned, features, target_features=fixed)
+    assert recorded == [True, True, False, False]
+    recorded.clear()
+    objective.statistics(*aligned, features, fixed)
+    assert recorded == [False] * 4
