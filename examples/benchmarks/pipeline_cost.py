@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _hardware import processor
+from hardware import processor
 from step_cost import lightly_steps
 from torch import Tensor
 from torch.utils.data import Dataset

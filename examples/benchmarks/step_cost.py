@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _hardware import processor
+from hardware import processor
 from torch import Tensor, nn
 
 TARGET = 1.03

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paper.published import TABLE4, TABLE9
+from experiments.paper.published import TABLE4, TABLE9
 
 
 @dataclass(frozen=True)

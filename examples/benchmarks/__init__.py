@@ -1,0 +1,1 @@
+"""What measures cost: each script runs by itself."""
