@@ -1,1 +1,1 @@
-"""What measures cost: each script runs by itself."""
+"""What measures cost: scripts, and pipeline_cost, which examples/pipeline_cost.py starts."""

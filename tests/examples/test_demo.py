@@ -17,37 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lightly")
-pytest.importorskip("matplotlib")
-
 from PIL import Image
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 METHODS = ("simclr", "mocov2", "byol", "c2bin")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules() -> Iterator[None]:
-    """Put the demo's modules on the path, as running the script does."""
-    sys.path.insert(0, str(DEMO.parent))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import demo  # noqa: F401
-    yield
-    sys.path.remove(str(DEMO.parent))
-
-
-def run_demo(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the script as a person does."""
-    command = [sys.executable, str(DEMO), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"timeout": 240, "env": environment, **options}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
-
-
 def call_demo(*arguments: Any) -> int:
     """Run it in this process, which saves the imports; the mistakes need no training."""
-    import demo
+    from experiments import demo
 
     return demo.main([str(argument) for argument in arguments])
 
@@ -61,7 +39,7 @@ class TestSmoke:
     @classmethod
     def out(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("demo") / "out"
-        done = run_demo("--smoke", "--out", out)
+        done = run("demo.py", "--smoke", "--out", out)
         assert done.returncode == 0, done.stderr
         # Not a word besides: no deprecation warnings, no advice.
         assert done.stderr == ""
@@ -109,7 +87,7 @@ class TestSmoke:
         assert c2bin["seconds_per_epoch"] > 0
 
     def test_every_method_started_from_the_same_backbone(self, out: Path) -> None:
-        import demo
+        from experiments import demo
 
         args = demo.parse(["--smoke"])
         images = demo.load(None, "digits", Path("data"), None, False, {"train": 320, "test": 100})
@@ -122,7 +100,7 @@ class TestSmoke:
         assert not torch.equal(trained, states[0]["0.weight"])
 
     def test_the_wiring_of_the_paper_reaches_the_model(self) -> None:
-        import demo
+        from experiments import demo
 
         images = demo.load(None, "digits", Path("data"), None, False, {"train": 320, "test": 100})
         papers = ["--against", "runner", "--no-normalize", "--loss", "temperature=0.5"]
@@ -162,7 +140,7 @@ class TestResume:
     @classmethod
     def whole(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("whole") / "out"
-        done = run_demo(*TINY, "--out", out)
+        done = run("demo.py", *TINY, "--out", out)
         assert done.returncode == 0, done.stderr
         return out
 
@@ -202,7 +180,7 @@ class TestResume:
         code, _ = self.interrupt(out, after=2, how=signal.SIGKILL)
         assert code == -signal.SIGKILL
 
-        done = run_demo(*TINY, "--out", out)
+        done = run("demo.py", *TINY, "--out", out)
         assert done.returncode == 0, done.stderr
         assert "C2BIN, seed 0: going on after epoch 2 of 3" in done.stdout
         assert (out / "seed0" / "mocov2" / "result.json").read_bytes() == finished
@@ -225,7 +203,7 @@ class TestResume:
         assert any(name.startswith("follower_backbone") for name in names)
 
     def test_the_number_of_workers_changes_nothing(self, whole: Path, tmp_path: Path) -> None:
-        done = run_demo(*TINY[:-2], "c2bin", "--workers", 0, "--out", tmp_path / "out")
+        done = run("demo.py", *TINY[:-2], "c2bin", "--workers", 0, "--out", tmp_path / "out")
         assert done.returncode == 0, done.stderr
         ours, theirs = (
             weights(o / "seed0" / "c2bin" / "last.ckpt")["state_dict"]
@@ -240,20 +218,20 @@ SLOW = """
 import pathlib, runpy, sys, time
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
-import _demo_training
-step = _demo_training.Progress.on_train_batch_end
+from experiments import training
+step = training.Progress.on_train_batch_end
 def slow(self, trainer, pl_module, outputs, batch, batch_idx):
     step(self, trainer, pl_module, outputs, batch, batch_idx)
     if self.label == "C2BIN" and trainer.current_epoch and batch_idx == 0:
         (pathlib.Path(sys.argv[-1]) / f"step-in-epoch-{trainer.current_epoch}").touch()
         time.sleep(5)
-_demo_training.Progress.on_train_batch_end = slow
+training.Progress.on_train_batch_end = slow
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_two_processes_make_one_result(tmp_path: Path) -> None:
-    done = run_demo(*TINY, "--devices", 2, "--accelerator", "cpu", "--out", tmp_path / "out")
+    done = run("demo.py", *TINY, "--devices", 2, "--accelerator", "cpu", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| method") == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
@@ -392,7 +370,7 @@ class TestFolders:
         assert "and 14 more" in message
 
     def test_corrupt_files_can_be_left_out(self, folder: Any) -> None:
-        from _demo_data import from_folder
+        from experiments.data import from_folder
 
         images = from_folder(self.broken(folder), 16, skip_corrupt=True)
         assert len(images.corrupt) == 4
@@ -420,12 +398,12 @@ class TestFolders:
     ) -> None:
         from urllib.error import URLError
 
-        import _demo_data
+        from experiments import data
 
         def unreachable(*_: Any, **__: Any) -> Any:
             raise URLError("Name or service not known")
 
-        monkeypatch.setitem(_demo_data.TORCHVISION, "cifar10", unreachable)
+        monkeypatch.setitem(data.TORCHVISION, "cifar10", unreachable)
         message = self.complaint(capsys, tmp_path, "--dataset", "cifar10")
         assert "cannot get cifar10" in message
         assert "Name or service not known" in message
@@ -436,7 +414,7 @@ class TestImages:
         "mode", ["L", "1", "P", "RGBA", "CMYK", "LA", "I", "F", "I;16", "YCbCr"]
     )
     def test_every_mode_becomes_rgb(self, mode: str) -> None:
-        from _demo_data import as_square
+        from experiments.data import as_square
 
         grey = np.tile(np.linspace(0, 255, 30).astype(np.uint8), (20, 1))
         if mode == "I;16":
@@ -451,7 +429,7 @@ class TestImages:
         assert columns[-1] - columns[0] > 100, "the ramp from dark to light is gone"
 
     def test_transparency_is_over_white(self) -> None:
-        from _demo_data import as_rgb
+        from experiments.data import as_rgb
 
         assert as_rgb(Image.new("RGBA", (4, 4), (9, 9, 9, 0))).getpixel((0, 0)) == (255, 255, 255)
         palette = Image.new("P", (4, 4), 0)
@@ -460,7 +438,7 @@ class TestImages:
         assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
     def test_images_that_need_no_change_are_read_and_checked_too(self, tmp_path: Path) -> None:
-        from _demo_data import DemoError, from_folder
+        from experiments.data import ExperimentError, from_folder
 
         for name in ("cat", "dog"):
             (tmp_path / name).mkdir()
@@ -471,11 +449,11 @@ class TestImages:
         assert set(torch.cat([images.train, images.test]).unique().tolist()) == {7, 47, 87}
         whole = (tmp_path / "cat" / "0.png").read_bytes()
         (tmp_path / "cat" / "0.png").write_bytes(whole[: len(whole) - 30])
-        with pytest.raises(DemoError, match=r"cat/0\.png"):
+        with pytest.raises(ExperimentError, match=r"cat/0\.png"):
             from_folder(tmp_path, 32, skip_corrupt=False)
 
     def test_split_is_stratified_and_leaves_every_class_on_both_sides(self) -> None:
-        from _demo_data import held_out
+        from experiments.data import held_out
 
         labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 2)
         (_, train), (_, test) = held_out(torch.arange(72), labels)
@@ -486,7 +464,7 @@ class TestImages:
         assert int((test == 2).sum()) == 1
 
     def test_limit_is_met_exactly_and_stratified(self) -> None:
-        from _demo_data import stratified
+        from experiments.data import stratified
 
         labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
         kept = stratified(labels, 50)
@@ -495,7 +473,7 @@ class TestImages:
         assert kept == stratified(labels, 50)
 
     def test_a_test_folder_called_val_is_found(self, folder: Any) -> None:
-        from _demo_data import from_folder
+        from experiments.data import from_folder
 
         for part, count in (("train", 5), ("val", 3)):
             for name in ("cat", "dog"):
@@ -505,10 +483,11 @@ class TestImages:
         assert images.classes == ["cat", "dog"]
 
     def test_views_depend_on_seed_epoch_and_image_alone(self) -> None:
-        from _demo_data import Views, digits, view_transform
+        from experiments.data import digits
+        from experiments.views import Views
 
         images = digits(16)
-        views = Views(images.train, images.train_labels, view_transform(images, "digits"), seed=1)
+        views = Views(images, "digits", seed=1)
         (first, second), label = views[3, 5]
         torch.rand(7)
         np.random.rand(7)
@@ -519,7 +498,7 @@ class TestImages:
         assert label == int(images.train_labels[5])
 
     def test_ranks_share_a_global_batch_out(self) -> None:
-        from _demo_data import EpochSampler
+        from experiments.views import EpochSampler
 
         whole, *shards = (EpochSampler(21, 8, 3, r, w) for r, w in ((0, 1), (0, 2), (1, 2)))
         for epoch in (0, 1):
@@ -553,7 +532,7 @@ class TestArguments:
         ],
     )
     def test_mistakes_are_named(self, arguments: list[str], message: str, capsys: Any) -> None:
-        import demo
+        from experiments import demo
 
         with pytest.raises(SystemExit) as ended:
             demo.main(arguments)
@@ -561,7 +540,7 @@ class TestArguments:
         assert message in capsys.readouterr().err
 
     def test_help(self, capsys: Any) -> None:
-        import demo
+        from experiments import demo
 
         with pytest.raises(SystemExit) as ended:
             demo.main(["--help"])
@@ -572,7 +551,7 @@ class TestArguments:
 
 
 def test_collapsed_features_are_drawn_as_such(tmp_path: Path) -> None:
-    import _demo_pictures as pictures
+    from experiments import pictures
 
     rng = np.random.default_rng(0)
     features = {"sound": rng.normal(size=(12, 4)), "collapsed": np.ones((12, 4))}
