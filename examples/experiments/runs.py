@@ -286,17 +286,16 @@ class Bench:
         held = args.validation
         limits = {"train": args.limit and args.limit + held, "test": args.limit_test}
         loaded = load(args, limits)
-        left = len(loaded.train) - held
-        if held and not len(loaded.classes) <= held <= len(loaded.train) - args.batch_size:
+        if 0 < held < len(loaded.classes):
             raise ExperimentError(
-                f"--validation {held}: expected {len(loaded.classes)}, one a class, to "
-                f"{len(loaded.train) - args.batch_size}, which leaves one batch of "
-                f"{args.batch_size} of the {len(loaded.train)} training images"
+                f"--validation {held}: expected at least {len(loaded.classes)}, one a class"
             )
+        left = len(loaded.train) - held
         if left < args.batch_size:
+            beside = f", {max(left, 0)} beside --validation {held}," if held else ""
             raise ExperimentError(
-                f"{left} training images are fewer than one batch of {args.batch_size}: use a "
-                "smaller --batch-size or more images"
+                f"{len(loaded.train)} training images{beside} are fewer than one batch of "
+                f"{args.batch_size}: use a smaller --batch-size or more images"
             )
         chosen = torch.zeros(len(loaded.train), dtype=torch.bool)
         if held:

@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from PIL import Image
+from scripts import ENVIRONMENT, command, run
 from torch import nn
 
-PAPER = Path(__file__).parents[2] / "examples" / "paper.py"
 PICTURES = {
     "figure4": ["figure4.png"],
     "figure5": ["figure5.png"],
@@ -122,7 +120,7 @@ class TestSmoke:
         call = ["oracle", "--budget", "smoke", "--out", str(smoke.parent), "--seeds", "5"]
         assert main(call) == 2
         message = capsys.readouterr().err
-        assert "oracle.json was made with other settings (seeds)" in message
+        assert "oracle.json was made with other settings (seeds was [0], is [5])" in message
         assert "--overwrite" in message
         assert (smoke / "oracle.json").read_bytes() == before
 
@@ -141,8 +139,8 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -
     assert whole.returncode == 0, whole.stderr
 
     process = subprocess.Popen(
-        [sys.executable, str(PAPER), *map(str, tiny), "--out", str(tmp_path / "cut")], stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command("paper.py", *tiny, "--out", tmp_path / "cut"), stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, env=ENVIRONMENT,
     )  # fmt: skip
     ended = time.monotonic() + 200
     while not list(tmp_path.glob("cut/*/runs/*oracle*/last.ckpt")):
@@ -238,8 +236,8 @@ class TestLongTail:
         assert labels[long_tailed(labels, 100.0, 0)].bincount().tolist()[-1] == 1
 
     def test_a_rate_below_one_is_refused(self) -> None:
-        from experiments.store import ExperimentError
         from experiments.paper.subsets import long_tailed
+        from experiments.store import ExperimentError
 
         with pytest.raises(ExperimentError, match=r"at least 1, got 0\.5"):
             long_tailed(torch.tensor([0, 1]), 0.5, 0)
@@ -291,8 +289,8 @@ class TestSuperclasses:
         assert lab.images(clustering=True).train_labels.unique().tolist() == list(range(20))
 
     def test_other_classes_are_refused(self) -> None:
-        from experiments.store import ExperimentError
         from experiments.paper.subsets import superclasses
+        from experiments.store import ExperimentError
 
         with pytest.raises(ExperimentError, match="CIFAR-100's 100 classes, got 2"):
             superclasses(["cat", "dog"])
@@ -326,8 +324,8 @@ class TestOracle:
         assert ours.item() == pytest.approx(total, rel=1e-5)
 
     def test_with_all_classes_apart_it_is_simclr(self) -> None:
-        from lightly.loss import NTXentLoss
         from experiments.methods import contrast_across_classes
+        from lightly.loss import NTXentLoss
 
         z0, z1 = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
         ours = contrast_across_classes(z0, z1, torch.arange(9), 0.5)
@@ -362,8 +360,8 @@ def test_moco_is_mocov2_with_a_linear_projector() -> None:
 
 def test_linear_evaluation_trains_each_rate_alone() -> None:
     from experiments.evaluation import Features
-    from lightly.utils.lars import LARS
     from experiments.paper.probe import linear_evaluation
+    from lightly.utils.lars import LARS
 
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(4, 6, generator=generator)

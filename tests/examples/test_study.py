@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
 from PIL import Image
 from torch import Tensor
 
@@ -72,7 +69,8 @@ def test_more_settings_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert len(study.draw("simclr", 61)) == 61
     command = [*SMALL, "--methods", "simclr", "--trials", "62", "--validation", "30"]
-    assert study.main([*command, "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit):
+        study.main([*command, "--out", str(tmp_path)])
     assert "--trials 62: SimCLR has no more than 61 settings" in capsys.readouterr().err
 
 
@@ -213,18 +211,15 @@ def test_rows_of_another_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_new_defaults_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from experiments import demo
-    from experiments import study
+    from experiments import demo, study
     from experiments.runs import Bench, Trial, parse_study, study_parser
 
     args = parse_study(study_parser(study.__doc__, str(tmp_path)), SMALL)
-    images = Bench(args, longest=1).images
+    bench = Bench(args, longest=1)
 
     def both() -> list[Any]:
-        return [
-            settings_of(Trial("c2bin"), args, images, "pixels", 1, 0),
-            demo.settings_of(demo.parse(["--out", str(tmp_path)]), images),
-        ]
+        (job,) = bench.jobs(Trial("c2bin"), 1, [0])
+        return [job.settings, demo.settings_of(demo.parse(["--out", str(tmp_path)]), bench)]
 
     before = both()
     assert before == both()
@@ -240,8 +235,9 @@ def test_every_choice_is_an_option() -> None:
     for choice in (choice for table in decisions.TABLES.values() for choice in table.values()):
         trial = decisions.trial(choice, [4, 8])
         options = {"lr": 0.1, **trial.options}
-        settings = {"seed": 0, "backbone": "small", "method": trial.method}
-        model = model_of({**settings, "options": options, "loss": trial.loss}, size=16)
+        settings = {"seed": 0, "backbone": "small", "image_size": 16, "channels_last": False}
+        settings |= {"method": trial.method, "options": options, "loss": trial.loss}
+        model = model_of(settings)
         assert sum(p.numel() for p in model.parameters()) > 0
 
 
@@ -305,6 +301,8 @@ def test_gradient_sizes(tmp_path: Path) -> None:
     [
         (["--trials", "0"], "--trials must be at least 1, got 0"),
         (["--rungs", "3", "0"], "--rungs must be at least 1, got 0"),
+        (["--rungs", "3", "1"], "--rungs: expected epochs that rise from rung to rung, got [3, 1]"),
+        (["--rungs", "3", "3"], "--rungs: expected epochs that rise from rung to rung, got [3, 3]"),
         (["--seeds", "1", "1"], "--seeds must be different whole numbers"),
         (["--processes", "0"], "--processes must be at least 1, got 0"),
     ],
@@ -315,6 +313,29 @@ def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         study.main(argv)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        (
+            "study",
+            ["--validation", "100000"],
+            "1438 training images, 0 beside --validation 100000, are fewer than one batch of 20",
+        ),
+        ("study", ["--validation", "9"], "--validation 9: expected at least 10, one a class"),
+        ("decisions", ["--batch-size", "61"], "60 training images are fewer than one batch of 61"),
+        ("gradients", ["--batch-size", "61"], "60 training images are fewer than one batch of 61"),
+        ("decisions", ["--limit-test", "9"], "9 test images are fewer than 10 classes"),
+    ],
+)
+def test_arguments_are_checked_against_the_images_before_work_starts(
+    script: str, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = importlib.import_module(f"experiments.{script}")
+    assert command.main([*SMALL, "--out", str(tmp_path / "out"), *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/runs/*"))
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
