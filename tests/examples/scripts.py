@@ -12,16 +12,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(script: str, *arguments: Any) -> list[str]:
-    """Return the command line of a script in examples/."""
-    return [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+def command(script: str, *arguments: Any, launcher: tuple[str, ...] = ()) -> list[str]:
+    """Return the command line of a script in examples/, by way of another launcher than Python."""
+    return [sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)]
 
 
-def run(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: Any, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run a script to its end."""
     return subprocess.run(
-        command(script, *arguments), capture_output=True, text=True, check=False, timeout=500,
-        env=ENVIRONMENT,
+        command(script, *arguments, **how), capture_output=True, text=True, check=False,
+        timeout=500, env=ENVIRONMENT,
     )  # fmt: skip
 
 
