@@ -27,11 +27,9 @@ def train(steps: int, cluster_weight: float) -> None:
     conv = nn.Sequential(nn.Conv2d(1, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten())
     projector = nn.Sequential(nn.Linear(1024, 96), nn.ReLU(), nn.Linear(96, 64))
     simclr = NTXentLoss(temperature=0.5)
-    heads, clusters = (
-        MultiScaleClusterHead(1024, (10, 20), True, True),
-        MultiScaleClusterLoss(),
-    )  # added
-    model = nn.ModuleList([conv, projector, heads])  # added: `heads`, for the optimizer
+    model = nn.ModuleList([conv, projector])
+    model.append(heads := MultiScaleClusterHead(1024, (10, 20), normalize=True))  # added
+    clusters = MultiScaleClusterLoss()  # added
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(steps):
         batch = images[bank[torch.randint(len(bank), (256,))]]

@@ -101,8 +101,7 @@ def perform(
     job: Job,
     args: argparse.Namespace,
     overall: tqdm[Any] | None,
-    views: Path | None,
-    longest: int,
+    views: tuple[Path, int] | None,
     scored_by: Score,
     folder: Path,
 ) -> Result | None:
@@ -119,7 +118,7 @@ def perform(
             settings,
             args,
             tqdm(disable=True) if overall is None else overall,
-            views=made if views is None else StoredViews(views, made, longest),
+            views=made if views is None else StoredViews(views[0], made, views[1]),
             scored=settings["curves"],
         )
     if not evaluates:
@@ -138,8 +137,6 @@ def perform(
     result["evaluation_seconds"] = time.perf_counter() - began
     if args.keep:
         save_arrays(folder / "final.npz", model, test)
-    else:
-        (folder / "last.ckpt").unlink(missing_ok=True)
     if overall is not None:
         tqdm.write(
             f"{job.label}, seed {settings['seed']}: kNN (k = 5) {100 * result['knn5']:.1f} %, "
@@ -148,19 +145,22 @@ def perform(
     return result
 
 
-def apart(
+def make(
     job: Job,
     store: Store,
     args: argparse.Namespace,
-    views: Path | None,
-    longest: int,
+    overall: tqdm[Any] | None,
+    views: tuple[Path, int] | None,
     scored_by: Score,
 ) -> None:
-    """Make one run in a process of its own."""
-    quieten(tables=True)
-    if args.accelerator == "cpu":
-        torch.set_num_threads(1)
-    store.run(job.name, job.settings, partial(perform, job, args, None, views, longest, scored_by))
+    """Make one run and keep it; without the bar `overall`, in a process of its own."""
+    if overall is None:
+        quieten(tables=True)
+        if args.accelerator == "cpu":
+            torch.set_num_threads(1)
+    store.run(job.name, job.settings, partial(perform, job, args, overall, views, scored_by))
+    if not args.keep:
+        (store.folder(job.name, job.settings) / "last.ckpt").unlink(missing_ok=True)
 
 
 def carry_out(
@@ -195,10 +195,8 @@ def carry_out(
     todo = list(missing.values())
     views = stored_views(todo, store, args.processes, longest)
     if args.processes > 1:
-        plan = [
-            delayed(apart)(job, store, args, *views.get(id(job), (None, 0)), scored_by)
-            for job in todo
-        ]
+        task = delayed(make)
+        plan = [task(job, store, args, None, views.get(id(job)), scored_by) for job in todo]
         # Results come in any order: what matters is that each is on the disk.
         done = Parallel(n_jobs=args.processes, return_as="generator_unordered")(plan)
         for _ in tqdm(done, desc=what, total=len(todo), unit="run", disable=None):
@@ -208,9 +206,7 @@ def carry_out(
         hidden = None if first_process() else True  # None: hidden where there is no terminal
         with tqdm(total=epochs, desc=what, unit="epoch", position=0, disable=hidden) as overall:
             for job in todo:
-                view = views.get(id(job), (None, 0))
-                work = partial(perform, job, args, overall, *view, scored_by)
-                store.run(job.name, job.settings, work)
+                make(job, store, args, overall, views.get(id(job)), scored_by)
     if not first_process():
         return []
     return [store.result(job.name, job.settings) or {} for job in jobs]
@@ -220,7 +216,8 @@ def stored_views(
     jobs: Sequence[Job], store: Store, processes: int, longest: int
 ) -> dict[int, tuple[Path, int]]:
     """Make the views that jobs store; return for each job its file, and the epochs in it."""
-    found, first = {}, {}
+    found: dict[int, tuple[Path, int]] = {}
+    first: dict[str, Job] = {}
     for job in jobs:
         settings = job.settings
         if settings["stored_views"] and settings["epochs"]:
@@ -232,8 +229,8 @@ def stored_views(
             first.setdefault(name, job)
     if first:
         (store.out / "views").mkdir(exist_ok=True)
-    make = delayed(store_views)
-    Parallel(n_jobs=processes)(make(job, *found[id(job)]) for job in first.values())
+    task = delayed(store_views)
+    Parallel(n_jobs=processes)(task(job, *found[id(job)]) for job in first.values())
     return found
 
 

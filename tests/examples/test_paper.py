@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ENVIRONMENT, command, run
+from scripts import run
 from torch import nn
 
 PICTURES = {
@@ -131,44 +128,6 @@ class TestSmoke:
         for name in last:
             np.testing.assert_allclose(last[name], final[name], atol=1e-5)
         assert not np.allclose(np.load(folder / "epoch1.npz")["test"], final["test"], atol=1e-3)
-
-
-def test_interrupted_it_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    tiny = ("oracle", "--budget", "smoke", "--epochs", 6)
-    whole = run("paper.py", *tiny, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-
-    process = subprocess.Popen(
-        command("paper.py", *tiny, "--out", tmp_path / "cut"), stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env=ENVIRONMENT,
-    )  # fmt: skip
-    ended = time.monotonic() + 200
-    while not list(tmp_path.glob("cut/*/runs/*oracle*/last.ckpt")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < ended
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "the same command goes on" in errors
-    assert "Traceback" not in errors
-    assert not list(tmp_path.glob("cut/*/oracle.md"))
-    assert not list(tmp_path.glob("cut/*/runs/*oracle*/result.json"))
-
-    done = run("paper.py", *tiny, "--out", tmp_path / "cut")
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 runs are there already" in done.stdout
-    assert "going on after epoch" in done.stdout
-    for path in (tmp_path / "whole").glob("*/runs/*/result.json"):
-        ours, theirs = (
-            json.loads((tmp_path / name / path.relative_to(tmp_path / "whole")).read_text())
-            for name in ("cut", "whole")
-        )
-        for score in ("linear", "knn5", "knn200", "clustering", "precision_at"):
-            assert ours[score] == theirs[score]
-        losses = [[row["train_loss"] for row in run["curve"]] for run in (ours, theirs)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 6
 
 
 class TestCommandLine:
