@@ -280,6 +280,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.epochs, args.num_clusters, args.knn_k = (10 if args.lightly else 2), [4, 8], 5
         if not args.lightly:
             args.stem, args.linear_epochs = "imagenet", 2
+    if args.num_classes < 5:
+        parser.error(f"--num-classes {args.num_classes}: lightly's top-5 accuracy takes 5 at least")
     for name in ("train_dir", "val_dir"):
         folder, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if not folder.is_dir():
