@@ -53,7 +53,7 @@ examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/benchmarks/distributed_cost.py --rounds 3
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --batch-size 4 --rounds 1
 	$(BIN)/python examples/pipeline_cost.py --batch-size 4 --images 16 --seconds 0
-	$(BIN)/python examples/demo.py --smoke --out build/smoke --overwrite
+	$(BIN)/python examples/demo.py --smoke --out build/demo --overwrite
 	$(BIN)/python examples/paper.py all --budget smoke --out build/paper
 	$(BIN)/python examples/study.py --methods c2bin --trials 1 --rungs 1 $(TINY) --out build/study
 	$(BIN)/python examples/decisions.py --only default $(TINY) --out build/decisions

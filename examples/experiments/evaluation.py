@@ -30,11 +30,7 @@ class LinearProbe(NamedTuple):
 
 
 def check(**given: Features) -> None:
-    """Refuse what cannot be scored: a ValueError names the argument.
-
-    Args:
-        **given: Features by the name of their argument; all have one number of columns.
-    """
+    """Refuse what cannot be scored, by the name of its argument: a ValueError."""
     columns = {part.features.shape[1:] for part in given.values()}
     if len(columns) > 1:
         shapes = ", ".join(f"{n} {tuple(part.features.shape)}" for n, part in given.items())
@@ -69,17 +65,9 @@ def extract(
 ) -> Features:
     """Return the features of a model in evaluation mode; the model's mode is put back afterwards.
 
-    Args:
-        model: Maps images (n, channels, height, width) to features that flatten to (n, d).
-        batches: Yields `(images, labels, ...)`; without augmentation, in a fixed order.
-        transform: Applied to each batch of images on the device, such as a normalisation.
-        device: Where to compute; by default where the model's first parameter is.
-
-    Returns:
-        Features float32 (n, d) and labels int64 (n,), on that device.
-
-    Raises:
-        ValueError: If there are no batches.
+    `model` maps images (n, channels, height, width) to features that flatten to (n, d); `batches`
+    yields `(images, labels, ...)` without augmentation, in a fixed order; `transform` is applied to
+    images on the device, by default that of the model's first parameter.
     """
     device = next(model.parameters()).device if device is None else device
     modes = {module: module.training for module in model.modules()}
@@ -112,12 +100,6 @@ def lightly_knn(
         k: Neighbours. More than the bank holds means all of it: k is cut to n.
         temperature: A neighbour of cosine s votes with weight exp(s / temperature).
         chunk: Test rows compared at a time, which bounds memory.
-
-    Returns:
-        Accuracy in [0, 1].
-
-    Raises:
-        ValueError: If k < 1, a part is empty, features are not finite, or an image is unlabelled.
     """
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
@@ -163,14 +145,6 @@ def linear_probe(
         batch_size: Rows of a batch.
         held_out: Share of the training rows that choose the learning rate.
         seed: Of the weights, the order and the held-out part; the global generators are left alone.
-
-    Returns:
-        Test accuracy in [0, 1], the chosen learning rate, its held-out accuracy (NaN with a single
-        learning rate).
-
-    Raises:
-        ValueError: If `lrs` is empty, a part is empty or has one row where one is to be held out,
-            features are not finite, or an image is unlabelled.
     """
     if not lrs:
         raise ValueError("lrs: expected at least one learning rate, got none")
@@ -224,18 +198,7 @@ def _unlabelled(part: Features) -> Features:
 def kmeans(train: Features, test: Features, k: int, restarts: int = 5, seed: int = 0) -> Tensor:
     """Fit scikit-learn's k-means on L2-normalised training features; return the test clusters.
 
-    Args:
-        train: Features (n, d); labels are not read.
-        test: Features (m, d); labels are not read.
-        k: Clusters, at most n.
-        restarts: Initialisations, of which the one with the smallest inertia is kept.
-        seed: Of the initialisations.
-
-    Returns:
-        Clusters int64 (m,), on the CPU.
-
-    Raises:
-        ValueError: If k is not in [1, n], a part is empty, or features are not finite.
+    Labels are not read. Of `restarts` initialisations the one with the smallest inertia is kept.
     """
     from sklearn.cluster import KMeans
 
