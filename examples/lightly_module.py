@@ -7,6 +7,7 @@ of every epoch and the scores of the clusters on images that were not trained on
 import argparse
 import copy
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class MyMethod(LightningModule):
 
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="pytorch_lightning")
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
 epochs = parser.parse_args().epochs
