@@ -45,12 +45,16 @@ package: setup  ## build the wheel and check it
 examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/plain_pytorch.py --steps 20
 	$(BIN)/python examples/check_a_loss.py
+	$(BIN)/python examples/add_clusters_to_your_method.py --steps 20
+	$(BIN)/python examples/lightly_module.py --epochs 2
+	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/two_ranks.py
+	$(BIN)/python examples/micro_batches.py
 	$(BIN)/python examples/benchmarks/loss_cost.py --rounds 3 --seconds 0
 	$(BIN)/python examples/benchmarks/distributed_cost.py --rounds 3
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --batch-size 4 --rounds 1
-	$(BIN)/python examples/benchmarks/pipeline_cost.py --batch-size 4 --images 16 --seconds 0
-	$(BIN)/python examples/demo.py --smoke --out build/smoke --overwrite
-	$(BIN)/python examples/paper all --budget smoke --out build/paper
+	$(BIN)/python examples/pipeline_cost.py --batch-size 4 --images 16 --seconds 0
+	$(BIN)/python examples/demo.py --smoke --out build/demo --overwrite
+	$(BIN)/python examples/paper.py all --budget smoke --out build/paper
 	$(BIN)/python examples/study.py --methods c2bin --trials 1 --rungs 1 $(TINY) --out build/study
 	$(BIN)/python examples/decisions.py --only default $(TINY) --out build/decisions
 	$(BIN)/python examples/gradient_sizes.py $(TINY) --out build/gradients
@@ -59,7 +63,7 @@ benchmark: setup  ## cost of the losses, of a training step, and over processes
 	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results
 	$(BIN)/python examples/benchmarks/distributed_cost.py --out docs/results
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --out docs/results
-	$(BIN)/python examples/benchmarks/pipeline_cost.py --batch-size 64 --out docs/results
+	$(BIN)/python examples/pipeline_cost.py --batch-size 64 --out docs/results
 
 OLDEST_VENV := .venv-oldest
 OLDEST_TORCH := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -335,6 +336,22 @@ def test_many_clusters_do_not_warn(
 
 
 # ---- clusters alone, assignments ----
+
+
+def test_counts_are_sparse() -> None:
+    """A table of 60,000 classes by as many clusters would take 28 GB."""
+    n = 60_000
+    clusters = torch.randperm(n, generator=torch.Generator().manual_seed(0)) // 2
+    tracemalloc.start()
+    try:
+        accuracy = metrics.clustering_accuracy(torch.arange(n), clusters)
+        dominant = metrics.purity(torch.arange(n), clusters)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Two items in each cluster, each alone in its class: one of them is matched.
+    assert accuracy == dominant == 0.5
+    assert peak < 1000 * n
 
 
 def test_clusters_in_use() -> None:

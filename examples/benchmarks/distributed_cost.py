@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _hardware import processor
+from hardware import processor
 from torch import Tensor
 
 from c2bin_ext.functional import multi_scale_cluster_loss

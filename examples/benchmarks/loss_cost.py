@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler is chatty
 
 import torch
-from _hardware import processor
+from hardware import processor
 from lightly.loss import NTXentLoss, SwaVLoss
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy

@@ -1,6 +1,6 @@
 """What bounds training: making views, loading them, or the training step.
 
-    python examples/benchmarks/pipeline_cost.py [--workers 0 2] [--device cuda] [--out docs/results]
+    python examples/pipeline_cost.py [--workers 0 2] [--device cuda] [--out docs/results]
 
 Images per second of each stage of `examples/demo.py` on photographs of 32 × 32 pixels (of random
 pixels: their values cost nothing), each by itself: two views of an image made by one core, stored
@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _hardware import processor
-from step_cost import lightly_steps
+from experiments.data import Images
+from experiments.training import loader_of
+from experiments.views import EpochSampler, StoredViews, Views
 from torch import Tensor
 from torch.utils.data import Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from _demo_data import EpochSampler, Images, StoredViews, Views, view_transform
-from _demo_training import loader_of
+from benchmarks.hardware import processor
+from benchmarks.steps import lightly_steps
 
 SIZE = 32
 Batch = tuple[tuple[Tensor, Tensor], Tensor]
@@ -44,16 +43,8 @@ def random_images(n: int) -> Images:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     labels = torch.arange(n) % 10
-    return Images(
-        pixels,
-        labels,
-        pixels[:10],
-        labels[:10],
-        [str(i) for i in range(10)],
-        "random pixels",
-        [],
-        [],
-    )
+    classes = [str(i) for i in range(10)]
+    return Images(pixels, labels, pixels[:10], labels[:10], classes, "random pixels")
 
 
 def batches(views: Dataset[Any], n: int, batch_size: int, workers: int) -> Iterator[Batch]:
@@ -80,8 +71,8 @@ def per_second(work: Callable[[], int], seconds: float, clock: Callable[[], floa
 def stage_rates(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Return images per second of every stage."""
     images, device = random_images(args.images), torch.device(args.device)
-    views = Views(images.train, images.train_labels, view_transform(images, "folder"), seed=0)
-    stored = StoredViews(folder / "views.npy", views, epochs=1, size=SIZE)
+    views = Views(images, "folder", seed=0)
+    stored = StoredViews(folder / "views.npy", views, epochs=1)
     found: dict[str, float] = {}
 
     def one_by_one(dataset: Dataset[Any]) -> Callable[[], int]:
@@ -153,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rates = stage_rates(args, Path(folder))
     settings = {
-        "command": shlex.join(["python", "examples/benchmarks/pipeline_cost.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "examples/pipeline_cost.py", *sys.argv[1:]]),
         "torch": torch.__version__,
         "device": processor(torch.device(args.device)),
         "cores": os.cpu_count(),
@@ -173,7 +164,3 @@ def main() -> None:
         (args.out / f"{stem}.md").write_text(text)
         report = {"settings": settings, "images_per_second": rates}
         (args.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

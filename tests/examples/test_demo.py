@@ -8,46 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("lightly")
-pytest.importorskip("matplotlib")
-
 from PIL import Image
+from scripts import ENVIRONMENT, EXAMPLES, run
+from scripts import folder as run_folder
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+DEMO = EXAMPLES / "demo.py"
 METHODS = ("simclr", "mocov2", "byol", "c2bin")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules() -> Iterator[None]:
-    """Put the demo's modules on the path, as running the script does."""
-    sys.path.insert(0, str(DEMO.parent))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import demo  # noqa: F401
-    yield
-    sys.path.remove(str(DEMO.parent))
-
-
-def run_demo(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the script as a person does."""
-    command = [sys.executable, str(DEMO), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"timeout": 240, "env": environment, **options}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def call_demo(*arguments: Any) -> int:
     """Run it in this process, which saves the imports; the mistakes need no training."""
-    import demo
+    from experiments import demo
 
     return demo.main([str(argument) for argument in arguments])
 
@@ -61,7 +39,7 @@ class TestSmoke:
     @classmethod
     def out(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("demo") / "out"
-        done = run_demo("--smoke", "--out", out)
+        done = run("demo.py", "--smoke", "--out", out)
         assert done.returncode == 0, done.stderr
         # Not a word besides: no deprecation warnings, no advice.
         assert done.stderr == ""
@@ -109,39 +87,43 @@ class TestSmoke:
         assert c2bin["seconds_per_epoch"] > 0
 
     def test_every_method_started_from_the_same_backbone(self, out: Path) -> None:
-        import demo
+        from experiments import demo
+        from experiments.methods import model_of
+        from experiments.runs import Bench
 
         args = demo.parse(["--smoke"])
-        images = demo.load(None, "digits", Path("data"), None, False, {"train": 320, "test": 100})
-        run = demo.Run(args, images, True)
-        states = [run.model(method, 0).backbone.state_dict() for method in METHODS]
+        jobs = {job.settings["method"]: job for job in demo.jobs_of(args, Bench(args, 2))}
+        models = [model_of(jobs[method].settings) for method in METHODS]
+        states = [model.backbone.state_dict() for model in models]
         for state in states[1:]:
             for name, tensor in states[0].items():
                 assert torch.equal(state[name], tensor)
-        trained = weights(out / "seed0" / "byol" / "last.ckpt")["state_dict"]["backbone.0.weight"]
+        trained = weights(run_folder(out, "byol") / "last.ckpt")["state_dict"]["backbone.0.weight"]
         assert not torch.equal(trained, states[0]["0.weight"])
 
     def test_the_wiring_of_the_paper_reaches_the_model(self) -> None:
-        import demo
+        from experiments import demo
+        from experiments.methods import model_of
+        from experiments.runs import Bench
 
-        images = demo.load(None, "digits", Path("data"), None, False, {"train": 320, "test": 100})
         papers = ["--against", "runner", "--no-normalize", "--loss", "temperature=0.5"]
         for more, against, normalize, temperature in (
             ([], "follower", True, 0.1),
             (papers, "runner", False, 0.5),
         ):
             args = demo.parse(["--smoke", *more])
-            model: Any = demo.Run(args, images, True).model("c2bin", 0)
+            bench = Bench(args, 2)
+            model: Any = model_of(demo.jobs_of(args, bench)[-1].settings)
             assert (model.against, model.cluster_head.normalize) == (against, normalize)
             assert model.criterion.loss.temperature == temperature
-            settings = demo.settings_of(args, images)
+            settings = demo.settings_of(args, bench)
             assert (settings["against"], settings["normalize"]) == (against, normalize)
 
     def test_a_second_call_trains_nothing(self, out: Path) -> None:
-        before = {path: path.stat().st_mtime_ns for path in out.glob("seed*/*/*")}
+        before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")}
         table = (out / "results.md").read_text()
         assert call_demo("--smoke", "--out", out) == 0
-        assert {path: path.stat().st_mtime_ns for path in out.glob("seed*/*/*")} == before
+        assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")} == before
         assert (out / "results.md").read_text() == table
 
     def test_other_settings_are_refused(self, out: Path, capsys: Any) -> None:
@@ -162,7 +144,7 @@ class TestResume:
     @classmethod
     def whole(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("whole") / "out"
-        done = run_demo(*TINY, "--out", out)
+        done = run("demo.py", *TINY, "--out", out)
         assert done.returncode == 0, done.stderr
         return out
 
@@ -171,7 +153,7 @@ class TestResume:
         """Run until C2BIN is in the middle of the epoch after so many whole ones; then signal."""
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW, str(DEMO), *map(str, TINY), "--out", str(out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -183,8 +165,8 @@ class TestResume:
         process.send_signal(how)
         _, errors = process.communicate(timeout=60)
         assert middle.exists()
-        assert not (out / "seed0" / "c2bin" / "result.json").exists()
-        assert weights(out / "seed0" / "c2bin" / "last.ckpt")["epoch"] == after - 1
+        assert not (run_folder(out, "c2bin") / "result.json").exists()
+        assert weights(run_folder(out, "c2bin") / "last.ckpt")["epoch"] == after - 1
         return process.returncode, errors
 
     def test_interrupted_and_killed_it_ends_as_if_it_had_not_been(
@@ -193,21 +175,19 @@ class TestResume:
         out = tmp_path / "out"
         code, errors = self.interrupt(out, after=1, how=signal.SIGINT)
         assert code == 130
-        assert "Finished and kept" in errors
-        assert "MoCo v2 (seed 0)" in errors
-        assert "The same command goes on" in errors
+        assert f"Finished runs are kept in {out}; the same command goes on" in errors
         assert "Traceback" not in errors
-        finished = (out / "seed0" / "mocov2" / "result.json").read_bytes()
+        finished = (run_folder(out, "mocov2") / "result.json").read_bytes()
 
         code, _ = self.interrupt(out, after=2, how=signal.SIGKILL)
         assert code == -signal.SIGKILL
 
-        done = run_demo(*TINY, "--out", out)
+        done = run("demo.py", *TINY, "--out", out)
         assert done.returncode == 0, done.stderr
         assert "C2BIN, seed 0: going on after epoch 2 of 3" in done.stdout
-        assert (out / "seed0" / "mocov2" / "result.json").read_bytes() == finished
+        assert (run_folder(out, "mocov2") / "result.json").read_bytes() == finished
         for method in ("mocov2", "c2bin"):
-            ours, theirs = (weights(o / "seed0" / method / "last.ckpt") for o in (out, whole))
+            ours, theirs = (weights(run_folder(o, method) / "last.ckpt") for o in (out, whole))
             assert ours["epoch"] == theirs["epoch"] == 2
             for name, tensor in theirs["state_dict"].items():
                 assert torch.equal(ours["state_dict"][name], tensor), name
@@ -220,15 +200,15 @@ class TestResume:
         assert [row["epoch"] for row in results[0]["curve"]] == [1, 2, 3]
 
     def test_the_follower_and_the_queue_are_in_the_checkpoint(self, whole: Path) -> None:
-        names = weights(whole / "seed0" / "mocov2" / "last.ckpt")["state_dict"].keys()
+        names = weights(run_folder(whole, "mocov2") / "last.ckpt")["state_dict"].keys()
         assert {"criterion.memory_bank.bank", "criterion.memory_bank.bank_ptr"} <= names
         assert any(name.startswith("follower_backbone") for name in names)
 
     def test_the_number_of_workers_changes_nothing(self, whole: Path, tmp_path: Path) -> None:
-        done = run_demo(*TINY[:-2], "c2bin", "--workers", 0, "--out", tmp_path / "out")
+        done = run("demo.py", *TINY[:-2], "c2bin", "--workers", 0, "--out", tmp_path / "out")
         assert done.returncode == 0, done.stderr
         ours, theirs = (
-            weights(o / "seed0" / "c2bin" / "last.ckpt")["state_dict"]
+            weights(run_folder(o, "c2bin") / "last.ckpt")["state_dict"]
             for o in (tmp_path / "out", whole)
         )
         for name, tensor in theirs.items():
@@ -240,20 +220,20 @@ SLOW = """
 import pathlib, runpy, sys, time
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
-import _demo_training
-step = _demo_training.Progress.on_train_batch_end
+from experiments import training
+step = training.Progress.on_train_batch_end
 def slow(self, trainer, pl_module, outputs, batch, batch_idx):
     step(self, trainer, pl_module, outputs, batch, batch_idx)
     if self.label == "C2BIN" and trainer.current_epoch and batch_idx == 0:
         (pathlib.Path(sys.argv[-1]) / f"step-in-epoch-{trainer.current_epoch}").touch()
         time.sleep(5)
-_demo_training.Progress.on_train_batch_end = slow
+training.Progress.on_train_batch_end = slow
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_two_processes_make_one_result(tmp_path: Path) -> None:
-    done = run_demo(*TINY, "--devices", 2, "--accelerator", "cpu", "--out", tmp_path / "out")
+    done = run("demo.py", *TINY, "--devices", 2, "--accelerator", "cpu", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| method") == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
@@ -282,7 +262,7 @@ class TestFolders:
         out = tmp_path / "out"
         assert call_demo("--smoke", "--out", out, *arguments) == 2
         printed = capsys.readouterr()
-        assert not (out / "seed0").exists()
+        assert not list(out.glob("runs/*"))
         lines = printed.err.strip().splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("demo.py: error: ")
@@ -392,7 +372,7 @@ class TestFolders:
         assert "and 14 more" in message
 
     def test_corrupt_files_can_be_left_out(self, folder: Any) -> None:
-        from _demo_data import from_folder
+        from experiments.data import from_folder
 
         images = from_folder(self.broken(folder), 16, skip_corrupt=True)
         assert len(images.corrupt) == 4
@@ -420,12 +400,12 @@ class TestFolders:
     ) -> None:
         from urllib.error import URLError
 
-        import _demo_data
+        from experiments import data
 
         def unreachable(*_: Any, **__: Any) -> Any:
             raise URLError("Name or service not known")
 
-        monkeypatch.setitem(_demo_data.TORCHVISION, "cifar10", unreachable)
+        monkeypatch.setitem(data.TORCHVISION, "cifar10", unreachable)
         message = self.complaint(capsys, tmp_path, "--dataset", "cifar10")
         assert "cannot get cifar10" in message
         assert "Name or service not known" in message
@@ -436,7 +416,7 @@ class TestImages:
         "mode", ["L", "1", "P", "RGBA", "CMYK", "LA", "I", "F", "I;16", "YCbCr"]
     )
     def test_every_mode_becomes_rgb(self, mode: str) -> None:
-        from _demo_data import as_square
+        from experiments.data import as_square
 
         grey = np.tile(np.linspace(0, 255, 30).astype(np.uint8), (20, 1))
         if mode == "I;16":
@@ -451,7 +431,7 @@ class TestImages:
         assert columns[-1] - columns[0] > 100, "the ramp from dark to light is gone"
 
     def test_transparency_is_over_white(self) -> None:
-        from _demo_data import as_rgb
+        from experiments.data import as_rgb
 
         assert as_rgb(Image.new("RGBA", (4, 4), (9, 9, 9, 0))).getpixel((0, 0)) == (255, 255, 255)
         palette = Image.new("P", (4, 4), 0)
@@ -460,7 +440,7 @@ class TestImages:
         assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
     def test_images_that_need_no_change_are_read_and_checked_too(self, tmp_path: Path) -> None:
-        from _demo_data import DemoError, from_folder
+        from experiments.data import ExperimentError, from_folder
 
         for name in ("cat", "dog"):
             (tmp_path / name).mkdir()
@@ -471,11 +451,11 @@ class TestImages:
         assert set(torch.cat([images.train, images.test]).unique().tolist()) == {7, 47, 87}
         whole = (tmp_path / "cat" / "0.png").read_bytes()
         (tmp_path / "cat" / "0.png").write_bytes(whole[: len(whole) - 30])
-        with pytest.raises(DemoError, match=r"cat/0\.png"):
+        with pytest.raises(ExperimentError, match=r"cat/0\.png"):
             from_folder(tmp_path, 32, skip_corrupt=False)
 
     def test_split_is_stratified_and_leaves_every_class_on_both_sides(self) -> None:
-        from _demo_data import held_out
+        from experiments.data import held_out
 
         labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 2)
         (_, train), (_, test) = held_out(torch.arange(72), labels)
@@ -486,7 +466,7 @@ class TestImages:
         assert int((test == 2).sum()) == 1
 
     def test_limit_is_met_exactly_and_stratified(self) -> None:
-        from _demo_data import stratified
+        from experiments.data import stratified
 
         labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
         kept = stratified(labels, 50)
@@ -495,7 +475,7 @@ class TestImages:
         assert kept == stratified(labels, 50)
 
     def test_a_test_folder_called_val_is_found(self, folder: Any) -> None:
-        from _demo_data import from_folder
+        from experiments.data import from_folder
 
         for part, count in (("train", 5), ("val", 3)):
             for name in ("cat", "dog"):
@@ -505,10 +485,11 @@ class TestImages:
         assert images.classes == ["cat", "dog"]
 
     def test_views_depend_on_seed_epoch_and_image_alone(self) -> None:
-        from _demo_data import Views, digits, view_transform
+        from experiments.data import digits
+        from experiments.views import Views
 
         images = digits(16)
-        views = Views(images.train, images.train_labels, view_transform(images, "digits"), seed=1)
+        views = Views(images, "digits", seed=1)
         (first, second), label = views[3, 5]
         torch.rand(7)
         np.random.rand(7)
@@ -519,7 +500,7 @@ class TestImages:
         assert label == int(images.train_labels[5])
 
     def test_ranks_share_a_global_batch_out(self) -> None:
-        from _demo_data import EpochSampler
+        from experiments.views import EpochSampler
 
         whole, *shards = (EpochSampler(21, 8, 3, r, w) for r, w in ((0, 1), (0, 2), (1, 2)))
         for epoch in (0, 1):
@@ -553,7 +534,7 @@ class TestArguments:
         ],
     )
     def test_mistakes_are_named(self, arguments: list[str], message: str, capsys: Any) -> None:
-        import demo
+        from experiments import demo
 
         with pytest.raises(SystemExit) as ended:
             demo.main(arguments)
@@ -561,7 +542,7 @@ class TestArguments:
         assert message in capsys.readouterr().err
 
     def test_help(self, capsys: Any) -> None:
-        import demo
+        from experiments import demo
 
         with pytest.raises(SystemExit) as ended:
             demo.main(["--help"])
@@ -572,7 +553,7 @@ class TestArguments:
 
 
 def test_collapsed_features_are_drawn_as_such(tmp_path: Path) -> None:
-    import _demo_pictures as pictures
+    from experiments import pictures
 
     rng = np.random.default_rng(0)
     features = {"sound": rng.normal(size=(12, 4)), "collapsed": np.ones((12, 4))}

@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
-import warnings
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("lightly")
-pytest.importorskip("matplotlib")
-
 from PIL import Image
+from scripts import run
 from torch import nn
 
-PAPER = Path(__file__).parents[2] / "examples" / "paper"
 PICTURES = {
     "figure4": ["figure4.png"],
     "figure5": ["figure5.png"],
@@ -35,30 +26,6 @@ PICTURES = {
 RUNS = {"table1": 6, "table2": 0, "table3": 3, "table4": 3, "oracle": 2} | {
     "figure4": 6, "figure5": 2, "figure6": 3, "figure9": 1
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules() -> Iterator[None]:
-    """Put the package on the path, as running it does."""
-    sys.path.insert(0, str(PAPER.parent))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import paper.cli  # noqa: F401
-    yield
-    sys.path.remove(str(PAPER.parent))
-
-
-def command(*arguments: Any) -> list[str]:
-    return [sys.executable, str(PAPER), *map(str, arguments)]
-
-
-def run_paper(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Run it as a person does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, check=False, timeout=500,
-        env=environment,
-    )  # fmt: skip
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -76,7 +43,7 @@ def run_times(out: Path) -> dict[Path, int]:
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every experiment once, in one results folder."""
     out = tmp_path_factory.mktemp("paper")
-    done = run_paper("all", "--budget", "smoke", "--out", out)
+    done = run("paper.py", "all", "--budget", "smoke", "--out", out)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warnings, no advice
     return out / "digits-smoke"
@@ -137,20 +104,20 @@ class TestSmoke:
 
     def test_a_second_call_trains_nothing_and_says_the_same(self, smoke: Path) -> None:
         before, table = run_times(smoke), (smoke / "table4.md").read_bytes()
-        done = run_paper("table4", "--budget", "smoke", "--out", smoke.parent)
+        done = run("paper.py", "table4", "--budget", "smoke", "--out", smoke.parent)
         assert done.returncode == 0, done.stderr
         assert "3 of 3 runs are there already" in done.stdout
         assert run_times(smoke) == before
         assert (smoke / "table4.md").read_bytes() == table
 
     def test_a_table_of_other_settings_is_not_replaced(self, smoke: Path, capsys: Any) -> None:
-        from paper.cli import main
+        from experiments.paper.cli import main
 
         before = (smoke / "oracle.json").read_bytes()
         call = ["oracle", "--budget", "smoke", "--out", str(smoke.parent), "--seeds", "5"]
         assert main(call) == 2
         message = capsys.readouterr().err
-        assert "oracle.json was made with other settings (seeds)" in message
+        assert "oracle.json was made with other settings (seeds was [0], is [5])" in message
         assert "--overwrite" in message
         assert (smoke / "oracle.json").read_bytes() == before
 
@@ -161,44 +128,6 @@ class TestSmoke:
         for name in last:
             np.testing.assert_allclose(last[name], final[name], atol=1e-5)
         assert not np.allclose(np.load(folder / "epoch1.npz")["test"], final["test"], atol=1e-3)
-
-
-def test_interrupted_it_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    tiny = ("oracle", "--budget", "smoke", "--epochs", 6)
-    whole = run_paper(*tiny, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-
-    process = subprocess.Popen(
-        command(*tiny, "--out", tmp_path / "cut"), stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    ended = time.monotonic() + 200
-    while not list(tmp_path.glob("cut/*/runs/*oracle*/last.ckpt")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < ended
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "the same command goes on" in errors
-    assert "Traceback" not in errors
-    assert not list(tmp_path.glob("cut/*/oracle.md"))
-    assert not list(tmp_path.glob("cut/*/runs/*oracle*/result.json"))
-
-    done = run_paper(*tiny, "--out", tmp_path / "cut")
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 runs are there already" in done.stdout
-    assert "going on after epoch" in done.stdout
-    for path in (tmp_path / "whole").glob("*/runs/*/result.json"):
-        ours, theirs = (
-            json.loads((tmp_path / name / path.relative_to(tmp_path / "whole")).read_text())
-            for name in ("cut", "whole")
-        )
-        for score in ("linear", "knn5", "knn200", "clustering", "precision_at"):
-            assert ours[score] == theirs[score]
-        losses = [[row["train_loss"] for row in run["curve"]] for run in (ours, theirs)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 6
 
 
 class TestCommandLine:
@@ -213,7 +142,7 @@ class TestCommandLine:
         ],
     )
     def test_mistakes_are_named(self, arguments: list[str], message: str, capsys: Any) -> None:
-        from paper.cli import parse
+        from experiments.paper.cli import parse
 
         with pytest.raises(SystemExit) as stopped:
             parse(arguments)
@@ -221,13 +150,13 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
     def test_a_missing_folder_is_one_line(self, tmp_path: Path, capsys: Any) -> None:
-        from paper.cli import main
+        from experiments.paper.cli import main
 
         assert main(["table1", "--data", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
         assert capsys.readouterr().err.endswith("none does not exist\n")
 
     def test_epochs_move_the_snapshots(self) -> None:
-        from paper.cli import parse
+        from experiments.paper.cli import parse
 
         scale = parse(
             ["figure5", "--budget", "full", "--dataset", "digits", "--epochs", "20"]
@@ -238,7 +167,7 @@ class TestCommandLine:
 class TestLongTail:
     @pytest.mark.parametrize(("rate", "classes"), [(1.0, 10), (10.0, 10), (100.0, 10), (50.0, 3)])
     def test_class_sizes_fall_exponentially(self, rate: float, classes: int) -> None:
-        from paper.subsets import long_tailed
+        from experiments.paper.subsets import long_tailed
 
         labels = torch.arange(classes).repeat(200)[torch.randperm(200 * classes)]
         kept = long_tailed(labels, rate, seed=3)
@@ -251,7 +180,7 @@ class TestLongTail:
         assert kept.unique().numel() == kept.numel()
 
     def test_is_nested_and_fixed_by_its_seed(self) -> None:
-        from paper.subsets import long_tailed
+        from experiments.paper.subsets import long_tailed
 
         labels = torch.arange(10).repeat_interleave(50)
         ten, hundred = (set(long_tailed(labels, rate, 0).tolist()) for rate in (10.0, 100.0))
@@ -260,16 +189,16 @@ class TestLongTail:
         assert ten != set(long_tailed(labels, 10.0, 1).tolist())
 
     def test_keeps_an_image_of_every_class(self) -> None:
-        from paper.subsets import long_tailed
+        from experiments.paper.subsets import long_tailed
 
         labels = torch.arange(10).repeat_interleave(5)
         assert labels[long_tailed(labels, 100.0, 0)].bincount().tolist()[-1] == 1
 
     def test_a_rate_below_one_is_refused(self) -> None:
-        from _demo_data import DemoError
-        from paper.subsets import long_tailed
+        from experiments.paper.subsets import long_tailed
+        from experiments.store import ExperimentError
 
-        with pytest.raises(DemoError, match=r"at least 1, got 0\.5"):
+        with pytest.raises(ExperimentError, match=r"at least 1, got 0\.5"):
             long_tailed(torch.tensor([0, 1]), 0.5, 0)
 
 
@@ -282,15 +211,15 @@ class TestSuperclasses:
     )
 
     def test_are_the_published_ones(self) -> None:
-        from paper.subsets import SUPERCLASSES, superclasses
+        from experiments.paper.subsets import SUPERCLASSES, superclasses
 
         fine = sorted(name for names in SUPERCLASSES.values() for name in names.split())
         assert len(fine) == len(set(fine)) == 100
         assert superclasses(fine).tolist() == [int(label) for label in self.COARSE.split()]
 
     def test_replace_the_labels(self) -> None:
-        from _demo_data import Images
-        from paper.subsets import SUPERCLASSES, with_superclasses
+        from experiments.data import Images
+        from experiments.paper.subsets import SUPERCLASSES, with_superclasses
 
         fine = sorted(name for names in SUPERCLASSES.values() for name in names.split())
         pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
@@ -301,10 +230,10 @@ class TestSuperclasses:
         assert images.classes[19] == "vehicles_2"
 
     def test_are_for_clusters_alone(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        from _demo_data import Images
-        from paper import clusters, runs
-        from paper.cli import parse
-        from paper.subsets import SUPERCLASSES
+        from experiments.data import Images
+        from experiments.paper import clusters, runs
+        from experiments.paper.cli import parse
+        from experiments.paper.subsets import SUPERCLASSES
 
         fine = sorted(name for names in SUPERCLASSES.values() for name in names.split())
         pixels = torch.zeros(200, 3, 4, 4, dtype=torch.uint8)
@@ -319,16 +248,16 @@ class TestSuperclasses:
         assert lab.images(clustering=True).train_labels.unique().tolist() == list(range(20))
 
     def test_other_classes_are_refused(self) -> None:
-        from _demo_data import DemoError
-        from paper.subsets import superclasses
+        from experiments.paper.subsets import superclasses
+        from experiments.store import ExperimentError
 
-        with pytest.raises(DemoError, match="CIFAR-100's 100 classes, got 2"):
+        with pytest.raises(ExperimentError, match="CIFAR-100's 100 classes, got 2"):
             superclasses(["cat", "dog"])
 
 
 class TestOracle:
     def test_is_the_loop(self) -> None:
-        from paper.methods import contrast_across_classes
+        from experiments.methods import contrast_across_classes
 
         generator = torch.Generator().manual_seed(0)
         z0, z1 = torch.randn(2, 7, 5, generator=generator)
@@ -354,15 +283,15 @@ class TestOracle:
         assert ours.item() == pytest.approx(total, rel=1e-5)
 
     def test_with_all_classes_apart_it_is_simclr(self) -> None:
+        from experiments.methods import contrast_across_classes
         from lightly.loss import NTXentLoss
-        from paper.methods import contrast_across_classes
 
         z0, z1 = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
         ours = contrast_across_classes(z0, z1, torch.arange(9), 0.5)
         torch.testing.assert_close(ours, NTXentLoss(temperature=0.5)(z0, z1))
 
     def test_the_method_reads_the_labels(self) -> None:
-        from paper.methods import OracleSimCLR
+        from experiments.methods import OracleSimCLR
 
         torch.manual_seed(0)
         model = OracleSimCLR(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), 8, hidden_dim=8)
@@ -377,7 +306,7 @@ class TestOracle:
 
 
 def test_moco_is_mocov2_with_a_linear_projector() -> None:
-    from paper.methods import MoCo
+    from experiments.methods import MoCo
 
     model = MoCo(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), 8, queue_size=64)
     assert isinstance(model.projector, nn.Linear)
@@ -389,9 +318,9 @@ def test_moco_is_mocov2_with_a_linear_projector() -> None:
 
 
 def test_linear_evaluation_trains_each_rate_alone() -> None:
-    from c2bin_lightly.evaluate import Features
+    from experiments.evaluation import Features
+    from experiments.paper.probe import linear_evaluation
     from lightly.utils.lars import LARS
-    from paper.probe import linear_evaluation
 
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(4, 6, generator=generator)
@@ -429,11 +358,13 @@ def test_linear_evaluation_trains_each_rate_alone() -> None:
 
 
 def test_stored_views_are_the_views(tmp_path: Path) -> None:
-    from _demo_data import StoredViews, Views, digits, view_transform
+    from experiments.data import digits
+    from experiments.views import StoredViews, Views
 
     images = digits(16)
-    views = Views(images.train[:5], images.train_labels[:5], view_transform(images, "digits"), 7)
-    stored = StoredViews(tmp_path / "views.npy", views, 2, 16)
+    images = replace(images, train=images.train[:5], train_labels=images.train_labels[:5])
+    views = Views(images, "digits", 7)
+    stored = StoredViews(tmp_path / "views.npy", views, 2)
     assert len(stored) == 5
     for key in ((0, 0), (1, 4)):
         (a0, a1), label = views[key]
@@ -443,12 +374,12 @@ def test_stored_views_are_the_views(tmp_path: Path) -> None:
         torch.testing.assert_close(b0, a0, atol=1e-5, rtol=0)
         torch.testing.assert_close(b1, a1, atol=1e-5, rtol=0)
     written = (tmp_path / "views.npy").stat().st_mtime_ns
-    StoredViews(tmp_path / "views.npy", views, 2, 16)
+    StoredViews(tmp_path / "views.npy", views, 2)
     assert (tmp_path / "views.npy").stat().st_mtime_ns == written
 
 
 def test_pixel_clusters_find_what_is_plain() -> None:
-    from paper.clusters import pixel_clusters
+    from experiments.paper.clusters import pixel_clusters
 
     shades = torch.tensor([0, 120, 250]).repeat(20)
     noise = torch.randint(0, 5, (60, 3, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -465,8 +396,8 @@ class TestReport:
         return {"linear_best": linear, "knn5": linear - 0.1, "knn200": linear - 0.2}
 
     def test_a_row_has_mean_best_and_the_papers_number(self) -> None:
-        from paper.published import Accuracy
-        from paper.report import accuracy_table
+        from experiments.paper.published import Accuracy
+        from experiments.paper.report import accuracy_table
 
         rows = {"BYOL": [self.result(0.5), self.result(0.7)]}
         papers = {"BYOL": Accuracy(80.8, None, 79.7), "DC": Accuracy(None, None, 67.6)}
@@ -479,7 +410,7 @@ class TestReport:
         assert table[2] == ["DC", "", "", "-", "", "", "-", "", "", "67.6"]
 
     def test_ranking_says_where_c2bin_loses(self) -> None:
-        from paper.report import ranking
+        from experiments.paper.report import ranking
 
         rows = {"BYOL": [self.result(0.5)], "C2BIN": [self.result(0.4)]}
         assert ranking(rows).startswith("LP: C2BIN is 2 of 2, 10.0 points behind BYOL; kNN 5:")
@@ -489,7 +420,7 @@ class TestReport:
 
 def test_published_numbers_agree_with_each_other() -> None:
     """The paper repeats some of its numbers; a slip of the pen would break that."""
-    from paper.published import TABLE1, TABLE2, TABLE4, TABLE9, TABLE11
+    from experiments.paper.published import TABLE1, TABLE2, TABLE4, TABLE9, TABLE11
 
     assert TABLE4[()] == TABLE1["BYOL"]["stl10"]
     assert TABLE4[32, 64, 128] == TABLE1["C2BIN [best]"]["stl10"]

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("lightly")
-pytest.importorskip("matplotlib")
-
 from PIL import Image
 from torch import Tensor
 
 from c2bin_ext import C2BINLoss
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--limit", "60", "--limit-test", "40", "--batch-size", "20", "--workers", "0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules() -> Iterator[None]:
-    """Put the examples on the path, as running them does."""
-    sys.path.insert(0, str(EXAMPLES))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import study  # noqa: F401
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 def assignments(n: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -44,7 +26,7 @@ def assignments(n: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def test_halving_keeps_the_best_of_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    import study
+    from experiments import study
 
     asked: list[tuple[int, list[Any], bool]] = []
 
@@ -71,7 +53,7 @@ def test_halving_keeps_the_best_of_every_method(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_settings_are_drawn_alike_and_differ() -> None:
-    import study
+    from experiments import study
 
     for method in study.METHODS:
         trials = study.draw(method, 8)
@@ -83,16 +65,17 @@ def test_settings_are_drawn_alike_and_differ() -> None:
 
 
 def test_more_settings_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import study
+    from experiments import study
 
     assert len(study.draw("simclr", 61)) == 61
     command = [*SMALL, "--methods", "simclr", "--trials", "62", "--validation", "30"]
-    assert study.main([*command, "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit):
+        study.main([*command, "--out", str(tmp_path)])
     assert "--trials 62: SimCLR has no more than 61 settings" in capsys.readouterr().err
 
 
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import study
+    from experiments import study
 
     command = [*SMALL, "--methods", "byol", "c2bin", "--trials", "2", "--rungs", "1"]
     command += ["--epochs", "1", "--validation", "30", "--seeds", "4", "5", "--out", str(tmp_path)]
@@ -120,11 +103,11 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_choices_are_made_on_images_of_their_own(tmp_path: Path) -> None:
-    import study
-    from _study_runs import Bench, parse, parser_of
+    from experiments import study
+    from experiments.runs import Bench, parse_study, study_parser
 
-    parser = parser_of(study.__doc__, str(tmp_path))
-    args = parse(parser, SMALL)
+    parser = study_parser(study.__doc__, str(tmp_path))
+    args = parse_study(parser, SMALL)
     args.validation = 30
     bench = Bench(args, longest=1)
     parts = [bench.images.train, bench.validation.test, bench.images.test]
@@ -159,7 +142,7 @@ def test_choices_are_made_on_images_of_their_own(tmp_path: Path) -> None:
     ],
 )
 def test_decisions(table: str, names: list[str], tmp_path: Path) -> None:
-    import decisions
+    from experiments import decisions
 
     command = [table, *SMALL, "--epochs", "1", "--seeds", "0", "--num-clusters", "4", "8"]
     assert decisions.main([*command, "--out", str(tmp_path), "--only", *names]) == 0
@@ -174,10 +157,10 @@ def test_decisions(table: str, names: list[str], tmp_path: Path) -> None:
 
 
 def test_cells_are_means_over_seeds_and_heads() -> None:
-    from _study_runs import HEAD, cells
+    from experiments.report import HEAD, cells
 
     def scores(k: int, nmi: float, acc: float, used: int) -> dict[str, float]:
-        return {"k": k, "nmi": nmi, "acc": acc, "in_use": used}
+        return {"k": k, "nmi": nmi, "acc": acc, "clusters_in_use": used}
 
     clusterings = [
         [scores(10, 0.1, 0.2, 10), scores(4, 0.3, 0.5, 4), scores(8, 0.5, 0.3, 6)],
@@ -198,7 +181,7 @@ def test_cells_are_means_over_seeds_and_heads() -> None:
 
 
 def test_baselines_and_curves(tmp_path: Path) -> None:
-    import decisions
+    from experiments import decisions
 
     command = ["decisions", *SMALL, "--epochs", "2", "--seeds", "0", "--num-clusters", "4", "8"]
     command += ["--only", "default", "--baselines", "mocov2", "byol", "--out", str(tmp_path)]
@@ -218,7 +201,7 @@ def test_baselines_and_curves(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import decisions
+    from experiments import decisions
 
     with pytest.raises(SystemExit):
         decisions.main(["together", *SMALL, "--only", "dot", "--out", str(tmp_path)])
@@ -228,18 +211,15 @@ def test_rows_of_another_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_new_defaults_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import demo
-    import study
-    from _study_runs import Bench, Trial, parse, parser_of, settings_of
+    from experiments import demo, study
+    from experiments.runs import Bench, Trial, parse_study, study_parser
 
-    args = parse(parser_of(study.__doc__, str(tmp_path)), SMALL)
-    images = Bench(args, longest=1).images
+    args = parse_study(study_parser(study.__doc__, str(tmp_path)), SMALL)
+    bench = Bench(args, longest=1)
 
     def both() -> list[Any]:
-        return [
-            settings_of(Trial("c2bin"), args, images, "pixels", 1, 0),
-            demo.settings_of(demo.parse(["--out", str(tmp_path)]), images),
-        ]
+        (job,) = bench.jobs(Trial("c2bin"), 1, [0])
+        return [job.settings, demo.settings_of(demo.parse(["--out", str(tmp_path)]), bench)]
 
     before = both()
     assert before == both()
@@ -249,20 +229,21 @@ def test_new_defaults_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_every_choice_is_an_option() -> None:
-    import decisions
-    from _study_runs import model_of
+    from experiments import decisions
+    from experiments.methods import model_of
 
     for choice in (choice for table in decisions.TABLES.values() for choice in table.values()):
         trial = decisions.trial(choice, [4, 8])
         options = {"lr": 0.1, **trial.options}
-        settings = {"seed": 0, "backbone": "small", "method": trial.method}
-        model = model_of({**settings, "options": options, "loss": trial.loss}, size=16)
+        settings = {"seed": 0, "backbone": "small", "image_size": 16, "channels_last": False}
+        settings |= {"method": trial.method, "options": options, "loss": trial.loss}
+        model = model_of(settings)
         assert sum(p.numel() for p in model.parameters()) > 0
 
 
 @pytest.mark.parametrize("size", [3, 8, 10])
 def test_queue(size: int) -> None:
-    from _study_variants import AssignmentQueue, Queued
+    from experiments.methods import AssignmentQueue, Queued
 
     loss = Queued(C2BINLoss(), AssignmentQueue(size, (3, 5)))
     whole = C2BINLoss()
@@ -299,12 +280,12 @@ def test_queue(size: int) -> None:
 
 
 def test_gradient_sizes(tmp_path: Path) -> None:
-    import gradient_sizes
+    from experiments import gradients
 
     command = [*SMALL, "--epochs", "2", "--out", str(tmp_path)]
-    assert gradient_sizes.main(command) == 0
+    assert gradients.main(command) == 0
     record = json.loads((tmp_path / "gradients.json").read_text())
-    assert list(record["forms"]) == list(gradient_sizes.FORMS)
+    assert list(record["forms"]) == list(gradients.FORMS)
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
     # The summed entropy pulls n times as hard as the mean in the first step, from which on all
     # forms are the same network.
@@ -320,20 +301,45 @@ def test_gradient_sizes(tmp_path: Path) -> None:
     [
         (["--trials", "0"], "--trials must be at least 1, got 0"),
         (["--rungs", "3", "0"], "--rungs must be at least 1, got 0"),
+        (["--rungs", "3", "1"], "--rungs: expected epochs that rise from rung to rung, got [3, 1]"),
+        (["--rungs", "3", "3"], "--rungs: expected epochs that rise from rung to rung, got [3, 3]"),
         (["--seeds", "1", "1"], "--seeds must be different whole numbers"),
         (["--processes", "0"], "--processes must be at least 1, got 0"),
     ],
 )
 def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import study
+    from experiments import study
 
     with pytest.raises(SystemExit):
         study.main(argv)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        (
+            "study",
+            ["--validation", "100000"],
+            "1438 training images, 0 beside --validation 100000, are fewer than one batch of 20",
+        ),
+        ("study", ["--validation", "9"], "--validation 9: expected at least 10, one a class"),
+        ("decisions", ["--batch-size", "61"], "60 training images are fewer than one batch of 61"),
+        ("gradients", ["--batch-size", "61"], "60 training images are fewer than one batch of 61"),
+        ("decisions", ["--limit-test", "9"], "9 test images are fewer than 10 classes"),
+    ],
+)
+def test_arguments_are_checked_against_the_images_before_work_starts(
+    script: str, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = importlib.import_module(f"experiments.{script}")
+    assert command.main([*SMALL, "--out", str(tmp_path / "out"), *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/runs/*"))
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import study
+    from experiments import study
 
     missing = tmp_path / "missing"
     assert study.main(["--data", str(missing), "--out", str(tmp_path / "out")]) == 2

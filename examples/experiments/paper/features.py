@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-from _demo_report import markdown, mean_and_spread
-
-from paper import pictures
-from paper.published import ORACLE_GAIN, TABLE1, TABLE4, TABLE9, Accuracy
-from paper.report import Report, accuracy_table, means, paper_column, percents, ranking
-from paper.runs import KINDS, Lab, Spec
+from experiments.methods import KINDS
+from experiments.paper import pictures
+from experiments.paper.published import ORACLE_GAIN, TABLE1, TABLE4, TABLE9, Accuracy
+from experiments.paper.report import Report, accuracy_table, means, paper_column, percents, ranking
+from experiments.paper.runs import Lab, Spec
+from experiments.report import markdown, mean_and_spread
 
 PROTOCOL = (
     "LP: linear evaluation of Table 6, the best of five learning rates ON THE TEST IMAGES, as the "
@@ -26,7 +26,7 @@ def specs(*methods: str) -> list[Spec]:
 def table1(lab: Lab) -> Report:
     """Compare SimCLR, MoCo, MoCo v2, BYOL and C2BIN."""
     results = lab.results(specs("untrained", "simclr", "moco", "mocov2", "byol", "c2bin"))
-    rows = {KINDS[spec.method][0]: runs for spec, runs in results.items()}
+    rows = {KINDS[spec.method].label: runs for spec, runs in results.items()}
     column = paper_column(lab)
     papers = {label: scores[column] for label, scores in TABLE1.items() if column in scores}
     # Our means stand beside the paper's mean; its best seed has a line of its own.
@@ -55,7 +55,7 @@ def table4(lab: Lab) -> Report:
 def oracle(lab: Lab) -> Report:
     """Drop the negatives of SimCLR that share the class."""
     results = lab.results(specs("simclr", "oracle"))
-    rows = {KINDS[spec.method][0]: runs for spec, runs in results.items()}
+    rows = {KINDS[spec.method].label: runs for spec, runs in results.items()}
     before, after = (percents(runs, "LP") for runs in rows.values())
     gains = [b - a for a, b in zip(before, after, strict=True)]
     gain = mean_and_spread(gains, "+.1f").replace("± +", "± ")
@@ -76,7 +76,7 @@ def figure4(lab: Lab) -> Report:
     drops: dict[str, dict[float, list[float]]] = {}
     body = []
     for spec in methods:
-        name = KINDS[spec.method][0]
+        name = KINDS[spec.method].label
         lps = {r: percents(results[Spec(spec.method, spec.clusters, r)], "LP") for r in rates}
         drops[name] = {
             r: [a - b for a, b in zip(lps[rates[0]], lps[r], strict=True)] for r in rates
@@ -98,7 +98,7 @@ def figure4(lab: Lab) -> Report:
     return Report(
         "Figure 4: loss of accuracy on long-tailed classes",
         [markdown(head, body), words, PROTOCOL],
-        {f"{KINDS[s.method][0]}, rate {s.rate:g}": runs for s, runs in results.items()},
+        {f"{KINDS[s.method].label}, rate {s.rate:g}": runs for s, runs in results.items()},
         ["figure4.png"],
         ["figure4"],
     )

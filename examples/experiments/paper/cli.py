@@ -10,26 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-# OpenMP reads it when torch is loaded. Threads that spin while they wait would take the cores from
-# the loader's workers.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from _demo_options import (
-    add_images,
-    add_machine,
-    at_least,
-    distinct_seeds,
-    exit_code,
-    quieten,
-    settle_images,
-    settle_machine,
-)
-
-from paper import clusters, features, imagenet
-from paper.budgets import BUDGETS
-from paper.published import DATASETS
-from paper.report import Report, claim, publish
-from paper.runs import Lab
+from experiments.options import exit_code, parser_of, quieten, settle
+from experiments.paper import clusters, features, imagenet
+from experiments.paper.budgets import BUDGETS
+from experiments.paper.published import DATASETS
+from experiments.paper.report import Report, publish
+from experiments.paper.runs import Lab
 
 EXPERIMENTS: dict[str, tuple[str, Callable[[Lab], Report]]] = {
     "table1": ("Table 1: SimCLR, MoCo, MoCo v2, BYOL and C2BIN", features.table1),
@@ -47,13 +33,16 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[Lab], Report]]] = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; a mistake ends in argparse's message."""
     listed = "\n".join(f"  {name:8} {what}" for name, (what, _) in EXPERIMENTS.items())
-    parser = argparse.ArgumentParser(
-        prog="python examples/paper",
-        description="Run one experiment of the C2BIN paper, or all of them. Runs are trained once "
-        "and shared; Ctrl-C at any time, and the same command goes on.",
+    doc = (
+        "Run one experiment of the C2BIN paper, or all of them. Runs are trained once and shared; "
+        "Ctrl-C at any time, and the same command goes on."
+    )
+    parser: argparse.ArgumentParser = parser_of(
+        doc,
+        "runs/paper",
+        "smoke digits, else cifar10",
+        "processes that make views, budget full (default: cores - 1)",
         epilog=f"experiments:\n{listed}\n  all      every one of them",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "experiment", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT", help="see below"
@@ -70,8 +59,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--seeds", type=int, nargs="+", metavar="SEED", help="default: smoke 0, small 0 1, full 0-4"
     )
-    add("--limit", type=int, metavar="N", help="training images, in place of the budget's")
-    add("--limit-test", type=int, metavar="N", help="test images, in place of the budget's")
     add("--epochs", type=int, metavar="N", help="of every run, in place of the budget's")
     add(
         "--formulas",
@@ -85,12 +72,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="cifar10",
         help="whose numbers stand beside those of images that the paper lacks (default: cifar10)",
     )
-    add_images(parser, default="smoke digits, else cifar10")
-    add_machine(parser, "processes that make views, budget full (default: cores - 1)")
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--out", type=Path, default=Path("runs/paper"), help="default: runs/paper")
-    add("--overwrite", action="store_true", help="replace a table that other settings made")
     add(
         "--solo",
         type=Path,
@@ -106,14 +87,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     budget = BUDGETS[args.budget]
-    settle_images(parser, args, budget.dataset)
-    least = {"limit": 1, "limit_test": 1, "epochs": 1, "image_size": 8, "workers": 0}
-    at_least(parser, args, least)
     args.seeds = list(budget.seeds) if args.seeds is None else args.seeds
-    distinct_seeds(parser, args)
+    settle(parser, args, budget.dataset, epochs=1)
     if args.solo and not (args.solo / "main_pretrain.py").is_file():
         parser.error(f"--solo: there is no {args.solo / 'main_pretrain.py'}")
-    settle_machine(parser, args)
     if args.workers is None:
         args.workers = max(1, min(16, (os.cpu_count() or 1) - 1))
     changes = {name: getattr(args, name) for name in ("limit", "limit_test", "epochs")}
@@ -123,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         shots = sorted({max(1, round(part * epoch)) for epoch in budget.snapshots})
         changes |= {"clustering_epochs": args.epochs, "snapshots": tuple(shots)}
     budget = replace(budget, **changes)
-    args.scale = budget
+    args.scale, args.stored_views, args.keep = budget, budget.stored_views, True
     return args
 
 
@@ -138,10 +115,11 @@ def main(argv: list[str] | None = None) -> int:
         names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
         for name in names:
             started = time.perf_counter()
-            settings = claim(lab, name)
+            settings, lab.used = lab.summary(), {}
+            lab.store.claim(name, settings, args.overwrite)
             outcome = EXPERIMENTS[name][1](lab)
             publish(lab, name, settings, outcome, time.perf_counter() - started)
         if len(names) > 1:
             print(f"all: {time.perf_counter() - began:.0f} s. Everything is in {lab.out}")
 
-    return exit_code("paper", run, args.out)
+    return exit_code("paper.py", run, args.out)

@@ -7,16 +7,18 @@ import warnings
 from typing import Any
 
 import torch
-from _demo_pictures import clusters as draw_clusters
-from _demo_report import markdown, mean_and_spread
-from c2bin_lightly import evaluate
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from paper import pictures
-from paper.published import DATASETS, FIGURE5, TABLE11, UNKNOWN
-from paper.report import Report, number, paper_column
-from paper.runs import KINDS, PRECISION_AT, Lab, Result, Spec
+from experiments.evaluation import Features, cluster_scores, kmeans
+from experiments.methods import KINDS
+from experiments.paper import pictures
+from experiments.paper.published import DATASETS, FIGURE5, TABLE11, UNKNOWN
+from experiments.paper.report import Report, number, paper_column
+from experiments.paper.runs import PRECISION_AT, Lab, Spec
+from experiments.pictures import clusters as draw_clusters
+from experiments.report import markdown, mean_and_spread
+from experiments.store import Result
 
 SCORES = {"NMI": "nmi", "ACC": "acc", "purity": "purity", "ARI": "ari"}
 # Whose numbers of Table 11 stand beside which of our rows.
@@ -60,10 +62,10 @@ def table3(lab: Lab) -> Report:
     rows: dict[str, list[Result]] = {}
     for seed in lab.seeds:
         for name, found in pixel_clusters(images.test[few], k, seed).items():
-            scores = evaluate.clustering_scores(images.test_labels[few], found)
+            scores = cluster_scores(images.test_labels[few], found)
             rows.setdefault(f"{name} on pixels", []).append(scores)
     for method, spec in wanted.items():
-        label = f"k-means on {KINDS[method][0]}'s features"
+        label = f"k-means on {KINDS[method].label}'s features"
         rows[label] = [run["clustering"][0] for run in results[spec]]
     rows["C2BIN"] = [run["clustering"][1] for run in results[wanted["c2bin"]]]
 
@@ -112,17 +114,17 @@ def figure5(lab: Lab) -> Report:
     features: dict[str, list[Any]] = {}
     scores: dict[str, list[dict[str, float]]] = {}
     for method, spec in wanted.items():
-        label = KINDS[method][0]
+        label = KINDS[method].label
         features[label], scores[label] = [], []
         for epoch in epochs:
             arrays = lab.arrays(spec, f"epoch{epoch}")
-            test = evaluate.Features(torch.from_numpy(arrays["test"]), images.test_labels)
-            found = {"k-means ARI": evaluate.kmeans(test, test, k=k, seed=seed)}
+            test = Features(torch.from_numpy(arrays["test"]), images.test_labels)
+            found = {"k-means ARI": kmeans(test, test, k=k, seed=seed)}
             if "head0" in arrays:
                 found["head ARI"] = torch.from_numpy(arrays["head0"]).argmax(dim=1)
             features[label].append(arrays["test"])
             scores[label].append(
-                {n: evaluate.clustering_scores(test.labels, c)["ari"] for n, c in found.items()}
+                {n: cluster_scores(test.labels, c)["ari"] for n, c in found.items()}
             )
     path, labels = lab.out / "figure5.png", images.test_labels.numpy()
     pictures.evolution(path, features, scores, epochs, labels, images.classes, seed)
@@ -167,7 +169,7 @@ def figure6(lab: Lab) -> Report:
         cosine = unit[queries] @ unit.T
         cosine[torch.arange(len(queries)), queries] = -torch.inf
         order = cosine.argsort(dim=1, descending=True)
-        name = KINDS[method][0]
+        name = KINDS[method].label
         found[name] = order[:, [rank - 1 for rank in ranks]].numpy()
         curves[name] = {
             float(k): [100 * run["precision_at"][str(k)] for run in results[spec]] for k in ks
@@ -203,7 +205,10 @@ def figure9(lab: Lab) -> Report:
         draw_clusters(path, images.test, labels, images.classes, head, rows=10, sample=seed)
         rows = [run["clustering"][1 + i] for run in results]
         cells = [mean_and_spread([row[name] for row in rows], ".3f") for name in SCORES.values()]
-        counts = [mean_and_spread([r[n] for r in rows], ".1f") for n in ("in_use", "effective")]
+        counts = [
+            mean_and_spread([row[name] for row in rows], ".1f")
+            for name in ("clusters_in_use", "effective_clusters")
+        ]
         body.append([str(k), *cells, *counts])
     how = (
         "Each sheet has the ten largest clusters of one head on the test images, twelve images "

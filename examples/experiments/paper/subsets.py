@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from _demo_data import DemoError, Images
 from torch import Tensor
+
+from experiments.data import Images
+from experiments.store import ExperimentError
 
 # Krizhevsky (2009): superclasses and their classes, names as in torchvision.
 SUPERCLASSES = {
@@ -37,11 +39,13 @@ def superclasses(classes: list[str]) -> Tensor:
     """Return the superclass (100,) of each class of CIFAR-100, in the order of `SUPERCLASSES`.
 
     Raises:
-        DemoError: If the classes are not those of CIFAR-100.
+        ExperimentError: If the classes are not those of CIFAR-100.
     """
     found = {name: i for i, names in enumerate(SUPERCLASSES.values()) for name in names.split()}
     if sorted(classes) != sorted(found):
-        raise DemoError(f"superclasses are known of CIFAR-100's 100 classes, got {len(classes)}")
+        raise ExperimentError(
+            f"superclasses are known of CIFAR-100's 100 classes, got {len(classes)}"
+        )
     return torch.tensor([found[name] for name in classes])
 
 
@@ -72,10 +76,10 @@ def long_tailed(labels: Tensor, rate: float, seed: int) -> Tensor:
         Indices int64, ascending.
 
     Raises:
-        DemoError: If the rate is below 1.
+        ExperimentError: If the rate is below 1.
     """
     if not rate >= 1:
-        raise DemoError(f"the balance rate must be at least 1, got {rate}")
+        raise ExperimentError(f"the balance rate must be at least 1, got {rate}")
     counts = labels.bincount()
     largest, last = int(counts.min()), len(counts) - 1
     draw = torch.Generator().manual_seed(seed)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from _demo_data import DemoError
-from _demo_report import hardware, markdown, mean_and_spread, versions
-from demo import write
-
-from paper.published import DATASETS, NOTHING, UNSURE, Accuracy
-from paper.runs import Lab, Result
+from experiments.hardware import hardware, versions
+from experiments.paper.published import DATASETS, NOTHING, UNSURE, Accuracy
+from experiments.paper.runs import Lab
+from experiments.report import markdown, mean_and_spread
+from experiments.store import Result
 
 ACCURACIES = {"LP": "linear_best", "kNN 5": "knn5", "kNN 200": "knn200"}
 
@@ -37,26 +35,6 @@ class Report:
     unsure: Sequence[str] = field(default=())
 
 
-def claim(lab: Lab, name: str) -> dict[str, Any]:
-    """Return the settings to write beside a table; refuse to replace another's.
-
-    Raises:
-        DemoError: If the table is there with other settings and --overwrite was not given.
-    """
-    path, settings = lab.out / f"{name}.json", lab.summary()
-    if path.exists() and not lab.args.overwrite:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            raise DemoError(
-                f"{path} was made with other settings ({', '.join(changed)}): choose another "
-                "--out, or replace the table with --overwrite; trained runs are kept either way"
-            )
-    lab.out.mkdir(parents=True, exist_ok=True)
-    lab.used = {}
-    return settings
-
-
 def publish(lab: Lab, name: str, settings: dict[str, Any], report: Report, seconds: float) -> None:
     """Write NAME.json and NAME.md, and print the latter."""
     images = lab.images()
@@ -71,9 +49,8 @@ def publish(lab: Lab, name: str, settings: dict[str, Any], report: Report, secon
     everything = {"experiment": name, "settings": settings, "versions": versions()}
     everything |= {"hardware": hardware(), "seconds_of_this_call": seconds}
     everything |= {"runs": lab.used, "results": report.results}
-    write(lab.out / f"{name}.json", json.dumps(everything, indent=1) + "\n")
     shown = "".join(f"\n![{picture}]({picture})\n" for picture in report.pictures)
-    write(lab.out / f"{name}.md", f"# {report.title}\n\n{text}\n{shown}")
+    lab.store.publish(name, everything, f"# {report.title}\n\n{text}\n{shown}")
     written = ", ".join([f"{name}.md", f"{name}.json", *report.pictures])
     print(f"\n{report.title}\n\n{text}\n\n{name}: {seconds:.0f} s; in {lab.out}: {written}\n")
 

@@ -1,27 +1,30 @@
-"""Training for the demo: backbones, and a Lightning run that can be killed and resumed exactly."""
+"""Training: a Lightning run that can be killed and resumed exactly."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
-import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _demo_data import DemoError, EpochSampler, Images, Views, normalized, view_transform
-from c2bin_lightly import evaluate
+from c2bin_lightly import C2BIN
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-BACKBONES = ("small", "resnet18", "resnet34", "resnet50")
+from experiments.data import Images
+from experiments.evaluation import Features, extract, lightly_knn
+from experiments.store import ExperimentError
+from experiments.views import EpochSampler, Views, normalized, seed_epoch
+
 EVALUATION_BATCH = 512
 # Of the kNN curve: how many points, and how many images at most it is taken on.
 CURVE_POINTS, CURVE_TRAIN, CURVE_TEST = 12, 2000, 1000
@@ -51,10 +54,10 @@ def loader_of(
     )
 
 
-def features_of(net: nn.Module, images: Tensor, labels: Tensor) -> evaluate.Features:
+def features_of(net: nn.Module, images: Tensor, labels: Tensor) -> Features:
     """Return a backbone's features of uint8 images (n, 3, S, S), without augmentation."""
     batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
-    return evaluate.extract(net, batches, transform=normalized)
+    return extract(net, batches, transform=normalized)
 
 
 class Progress(Callback):
@@ -96,10 +99,7 @@ class Progress(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed from (seed, epoch), so that a resumed run draws what an uninterrupted one draws."""
-        stream = (self.seed * 100_003 + trainer.current_epoch) % 2**32
-        torch.manual_seed(stream)
-        np.random.seed(stream)
-        random.seed(stream)
+        seed_epoch(self.seed, trainer.current_epoch)
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -113,7 +113,9 @@ class Progress(Callback):
         row: dict[str, float] = {"epoch": epoch, "seconds": time.perf_counter() - self.began}
         row.update({name: float(v) for name, v in sorted(trainer.callback_metrics.items())})
         if not math.isfinite(row["train_loss"]):
-            raise DemoError(f"{self.label} diverged in epoch {epoch}: loss {row['train_loss']}")
+            raise ExperimentError(
+                f"{self.label} diverged in epoch {epoch}: loss {row['train_loss']}"
+            )
         shown = {"epoch": f"{epoch}/{epochs}", "loss": f"{row['train_loss']:.3f}"}
         often = max(1, round(epochs / CURVE_POINTS))
         due = self.scored and (epoch % often == 0 or epoch in (1, epochs))
@@ -130,7 +132,7 @@ class Progress(Callback):
         images, net = self.images, module.backbone
         assert isinstance(net, nn.Module)
         train, test = -(-len(images.train) // CURVE_TRAIN), -(-len(images.test) // CURVE_TEST)
-        return evaluate.knn_accuracy(
+        return lightly_knn(
             features_of(net, images.train[::train], images.train_labels[::train]),
             features_of(net, images.test[::test], images.test_labels[::test]),
             k=5,
@@ -156,43 +158,57 @@ class EpochCheckpoint(Checkpoint):
             os.replace(part, self.path)
 
 
+class Snapshots(Callback):
+    """Keeps test features and assignments at some epochs."""
+
+    def __init__(self, folder: Path, images: Images, epochs: Sequence[int]) -> None:
+        self.folder, self.images, self.epochs = folder, images, epochs
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the arrays of this epoch, if it is one of them."""
+        epoch = trainer.current_epoch + 1
+        if epoch in self.epochs:
+            test = features_of(pl_module.backbone, self.images.test, self.images.test_labels)
+            save_arrays(self.folder / f"epoch{epoch}.npz", pl_module, test)
+
+
+def own_heads(model: LightningModule, features: Tensor) -> list[Tensor]:
+    """Return what the heads of C2BIN make of features (n, d), a (n, K) each; none of others."""
+    with torch.no_grad():
+        return [*model.cluster_head(features)] if isinstance(model, C2BIN) else []
+
+
+def save_arrays(path: Path, model: LightningModule, test: Features) -> None:
+    """Write features and assignments so that the file is there whole or not at all."""
+    arrays = {f"head{i}": p.cpu() for i, p in enumerate(own_heads(model, test.features))}
+    part = path.with_suffix(".part.npz")
+    np.savez_compressed(part, test=test.features.cpu().numpy(), **arrays)
+    part.replace(path)
+
+
 def fit(
     model: LightningModule,
     label: str,
     images: Images,
-    checkpoint: Path,
-    seed: int,
+    folder: Path,
+    settings: Mapping[str, Any],
+    args: argparse.Namespace,
     overall: tqdm[Any],
     *,
-    dataset: str,
-    epochs: int,
-    batch_size: int,
-    accelerator: str,
-    devices: int,
-    precision: Any,
-    workers: int,
     views: Dataset[Any] | None = None,
-    callbacks: Sequence[Callback] = (),
     scored: bool = True,
 ) -> tuple[list[dict[str, float]], bool]:
-    """Train a model, from its last finished epoch if `checkpoint` is there.
+    """Train a model, from its last finished epoch if `folder` has one.
 
     Args:
         model: The method.
         label: Its name on the bars.
         images: What to train on.
-        checkpoint: Where the last finished epoch is kept.
-        seed: Of views, order and all else that is drawn.
+        folder: Where the last finished epoch is kept.
+        settings: Of the run, see `experiments.runs`.
+        args: The machine: `accelerator`, `devices`, `precision`, and `workers` for each device.
         overall: The bar that moves by one an epoch.
-        dataset: Which views make sense.
-        epochs: Passes over the images.
-        batch_size: Of all devices together.
-        accelerator: Lightning's.
-        devices: Above 1: distributed data parallel.
-        precision: Lightning's.
-        workers: Processes that make views, for each device.
         views: Views already made, keyed by (epoch, index); by default they are made on the way.
-        callbacks: Further ones of Lightning's.
         scored: Take a kNN score now and then, for the curve.
 
     Returns:
@@ -201,32 +217,38 @@ def fit(
     Raises:
         KeyboardInterrupt: After Ctrl-C.
     """
+    checkpoint, seed, batch_size = folder / "last.ckpt", settings["seed"], settings["batch_size"]
     progress = Progress(label, images, seed, overall, scored)
     trainer = Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        precision=precision,
-        max_epochs=epochs,
-        callbacks=[progress, *callbacks, EpochCheckpoint(checkpoint)],
+        accelerator=args.accelerator,
+        devices=args.devices,
+        strategy="ddp" if args.devices > 1 else "auto",
+        precision=args.precision,
+        max_epochs=settings["epochs"],
+        callbacks=[
+            progress,
+            Snapshots(folder, images, settings.get("snapshots", ())),
+            EpochCheckpoint(checkpoint),
+        ],
         use_distributed_sampler=False,  # EpochSampler shares batches out
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     if views is None:
-        views = Views(images.train, images.train_labels, view_transform(images, dataset), seed)
+        views = Views(images, settings["dataset"], seed)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     resumes = checkpoint.exists()
     start = torch.load(checkpoint, weights_only=True)["epoch"] + 1 if resumes else 0
+    workers = 0 if settings["stored_views"] else args.workers
     loader = loader_of(
         views,
-        EpochSampler(len(images.train), batch_size, seed, rank, devices, start),
-        batch_size=batch_size // devices,
+        EpochSampler(len(images.train), batch_size, seed, rank, args.devices, start),
+        batch_size=batch_size // args.devices,
         workers=workers,
-        pin_memory=accelerator == "gpu",
+        pin_memory=args.accelerator == "gpu",
         # A fork beside the threads of a process group can inherit a lock that nobody gives back.
-        context="spawn" if workers and devices > 1 else None,
+        context="spawn" if workers and args.devices > 1 else None,
     )
     try:
         trainer.fit(model, loader, ckpt_path=checkpoint if resumes else None)

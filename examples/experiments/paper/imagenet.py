@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _demo_data import DemoError, stratified
-from _demo_report import markdown
-from c2bin_lightly import C2BINResNet50, evaluate, load_backbone
+from c2bin_lightly import C2BINResNet50, load_backbone
 from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from PIL import Image
 from pytorch_lightning import Trainer
@@ -21,9 +19,13 @@ from torchvision import transforms as T  # noqa: N812 - as everybody calls it
 from torchvision.datasets import ImageFolder
 from torchvision.models import resnet50
 
-from paper.published import TABLE2
-from paper.report import Report
-from paper.runs import Lab
+from experiments.data import stratified
+from experiments.evaluation import extract, linear_probe
+from experiments.paper.published import TABLE2
+from experiments.paper.report import Report
+from experiments.paper.runs import Lab
+from experiments.report import markdown
+from experiments.store import ExperimentError
 
 BATCH = 16
 CHECK_IMAGES = {"train": 32, "val": 16}
@@ -93,8 +95,8 @@ def check_module(lab: Lab, folder: Path) -> dict[str, Any]:
     net.fc = nn.Identity()
     load_backbone(checkpoint, net)
     checkpoint.unlink()
-    features = [evaluate.extract(net, DataLoader(part, BATCH)) for part in (train, val)]
-    probe = evaluate.linear_probe(*features, lrs=(30.0,), epochs=5, seed=lab.seeds[0])
+    features = [extract(net, DataLoader(part, BATCH)) for part in (train, val)]
+    probe = linear_probe(*features, lrs=(30.0,), epochs=5, seed=lab.seeds[0])
     return {
         "steps": trainer.global_step,
         "loss": float(trainer.callback_metrics["train_loss"]),
@@ -111,7 +113,7 @@ def run_script(command: list[str], where: Path | None, log: Path) -> None:
         ).returncode
     if code:
         last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        raise DemoError(f"{command[1]} ended with code {code}; the end of {log}:\n{last}")
+        raise ExperimentError(f"{command[1]} ended with code {code}; the end of {log}:\n{last}")
 
 
 def check_solo(lab: Lab, folder: Path) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def check_solo(lab: Lab, folder: Path) -> dict[str, Any]:
     run_script(pretrain, lab.args.solo, lab.out / "table2-solo-pretrain.log")
     found = sorted(out.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise DemoError(f"main_pretrain.py left no checkpoint below {out}")
+        raise ExperimentError(f"main_pretrain.py left no checkpoint below {out}")
     linear = [python, "main_linear.py", "--config-name", "c2bin-linear-imagenet", *small]
     # Hydra would read the = of the file's name as a further override.
     linear += [f'pretrained_feature_extractor="{found[-1]}"']

@@ -1,22 +1,22 @@
-"""Images for the demo: read once, checked, made RGB, resized, and kept as uint8 tensors."""
+"""Images: read once, checked, made RGB, resized, and kept as uint8 tensors."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightly.transforms.simclr_transform import SimCLRViewTransform
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
+
+from experiments.store import ExperimentError
 
 TORCHVISION = {
     "cifar10": datasets.CIFAR10,
@@ -26,10 +26,6 @@ TORCHVISION = {
 }
 IMAGE_SIZE = {"digits": 16, "stl10": 64}  # every other source: 32
 TEST_SHARE = 0.2  # of a source that has no test images of its own
-
-
-class DemoError(Exception):
-    """Something that the user has to put right; its text is one line that says what."""
 
 
 @dataclass
@@ -147,10 +143,8 @@ def from_torchvision(name: str, root: Path, size: int) -> Images:
         try:
             data = kind(str(root), download=True, **which)
         except (OSError, RuntimeError, EOFError) as error:
-            reason = (
-                str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            )
-            raise DemoError(
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise ExperimentError(
                 f"cannot get {name} into {root}: {reason}. Put torchvision's files for it there "
                 "yourself, use --data FOLDER, or run without --dataset for the bundled digits."
             ) from error
@@ -168,23 +162,23 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
     """Return the images of FOLDER/{train,test or val}/<class>/, or of FOLDER/<class>/, split."""
     try:
         if not folder.exists():
-            raise DemoError(f"{folder} does not exist")
+            raise ExperimentError(f"{folder} does not exist")
         if not folder.is_dir():
-            raise DemoError(f"{folder} is a file; --data takes a folder of class folders")
+            raise ExperimentError(f"{folder} is a file; --data takes a folder of class folders")
         scored = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
         if (folder / "train").is_dir():
             parts = [folder / "train"] + ([scored] if scored else [])
         elif scored is not None:
-            raise DemoError(f"{folder} has {scored.name}/ but no train/")
+            raise ExperimentError(f"{folder} has {scored.name}/ but no train/")
         else:
             parts = [folder]
         found = [_list(part) for part in parts]
     except PermissionError as error:
-        raise DemoError(f"cannot read {error.filename}: permission denied") from error
+        raise ExperimentError(f"cannot read {error.filename}: permission denied") from error
     classes = sorted(found[0])
     if len(parts) == 2 and sorted(found[1]) != classes:
         odd = sorted(set(classes) ^ set(found[1]))
-        raise DemoError(
+        raise ExperimentError(
             f"{parts[0]} and {parts[1]} must have the same class folders; only one has: "
             f"{', '.join(odd)}"
         )
@@ -205,7 +199,7 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
                             images.append(as_square(image, size))
                         labels.append(label)
                     except PermissionError as error:
-                        raise DemoError(f"cannot read {path}: permission denied") from error
+                        raise ExperimentError(f"cannot read {path}: permission denied") from error
                     # Pillow's decoders raise nearly anything on broken bytes (OSError, SyntaxError,
                     # struct.error, …).
                     except Exception:
@@ -214,12 +208,14 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
     if corrupt:
         text = f"{len(corrupt)} of {total} images in {folder} are unreadable: {listed(corrupt)}"
         if not skip_corrupt:
-            raise DemoError(f"{text}. Mend or remove them, or leave them out with --skip-corrupt.")
+            raise ExperimentError(
+                f"{text}. Mend or remove them, or leave them out with --skip-corrupt."
+            )
         for part, (_, labels_read) in zip(parts, read, strict=True):
             counts = labels_read.bincount(minlength=len(classes)).tolist()
             for name, count in zip(classes, counts, strict=True):
                 if count < 2:
-                    raise DemoError(
+                    raise ExperimentError(
                         f"{text}. Without them {part / name} has {count} images; a class needs 2."
                     )
     tensors = [(as_tensor(images), labels) for images, labels in read]
@@ -237,14 +233,16 @@ def _list(part: Path) -> dict[str, list[Path]]:
     """Return the image files of each class folder of `part`."""
     folders = sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise DemoError(f"{part} has no class folders: expected {part}/<class>/<image>")
+        raise ExperimentError(f"{part} has no class folders: expected {part}/<class>/<image>")
     files = {f.name: _images_below(f) for f in folders}
     for name, paths in files.items():
         if len(paths) < 2:
             what = "no images" if not paths else f"a single image ({paths[0].name})"
-            raise DemoError(f"class folder {part / name} has {what}; a class needs at least 2")
+            raise ExperimentError(
+                f"class folder {part / name} has {what}; a class needs at least 2"
+            )
     if len(files) < 2:
-        raise DemoError(
+        raise ExperimentError(
             f"{part} has a single class folder, {folders[0].name}; expected at least 2 classes"
         )
     return files
@@ -259,6 +257,12 @@ def _images_below(folder: Path) -> list[Path]:
         for name in names
         if Path(name).suffix.lower() in IMG_EXTENSIONS
     )
+
+
+def counted(part: Path) -> dict[str, int]:
+    """Return the number of image files in each class folder of `part`."""
+    folders = sorted(path for path in part.iterdir() if path.is_dir())
+    return {folder.name: len(_images_below(folder)) for folder in folders}
 
 
 def _complain(error: OSError) -> None:
@@ -278,7 +282,9 @@ def limited(images: Images, limits: dict[str, int | None]) -> Images:
         if limit is None or limit >= len(labels):
             continue
         if limit < len(images.classes):
-            raise DemoError(f"{limit} {part} images are fewer than {len(images.classes)} classes")
+            raise ExperimentError(
+                f"{limit} {part} images are fewer than {len(images.classes)} classes"
+            )
         keep = stratified(labels, limit)
         images = replace(
             images,
@@ -288,146 +294,13 @@ def limited(images: Images, limits: dict[str, int | None]) -> Images:
     return images
 
 
-def load(
-    data: Path | None,
-    dataset: str,
-    data_root: Path,
-    size: int | None,
-    skip_corrupt: bool,
-    limits: dict[str, int | None],
-) -> Images:
-    """Return the images the user asked for."""
-    size = size or IMAGE_SIZE.get(dataset, 32)
-    if data is not None:
-        images = from_folder(data, size, skip_corrupt)
-    elif dataset == "digits":
+def load(args: argparse.Namespace, limits: dict[str, int | None]) -> Images:
+    """Return the images that the user asked for, of `options.add_images`."""
+    size = args.image_size or IMAGE_SIZE.get(args.dataset, 32)
+    if args.data is not None:
+        images = from_folder(args.data, size, args.skip_corrupt)
+    elif args.dataset == "digits":
         images = digits(size)
     else:
-        images = from_torchvision(dataset, data_root, size)
+        images = from_torchvision(args.dataset, args.data_root, size)
     return limited(images, limits)
-
-
-def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:
-    """Return lightly's SimCLR view with what makes sense for these images; every method gets this
-    one.
-
-    Photographs: lightly's CIFAR-10 settings (colour jitter 0.5, no blur). Digits: no flips, which
-        turn a digit into
-    none, and nothing about colour; a milder crop and a turn of up to 15 degrees.
-    """
-    normalize = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    if dataset == "digits":
-        return SimCLRViewTransform(
-            input_size=images.size,
-            cj_prob=0.0,
-            random_gray_scale=0.0,
-            gaussian_blur=0.0,
-            hf_prob=0.0,
-            min_scale=0.4,
-            rr_prob=1.0,
-            rr_degrees=15,
-            normalize=normalize,
-        )
-    if dataset == "fashion-mnist":
-        return SimCLRViewTransform(
-            input_size=images.size,
-            cj_prob=0.0,
-            random_gray_scale=0.0,
-            gaussian_blur=0.0,
-            normalize=normalize,
-        )
-    return SimCLRViewTransform(
-        input_size=images.size, cj_strength=0.5, gaussian_blur=0.0, normalize=normalize
-    )
-
-
-def normalized(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [−1, 1], like the views."""
-    return images.float().div(127.5).sub(1.0)
-
-
-class Views(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Two views of each image; the key (epoch, index) fixes them, whatever process makes them."""
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, transform: SimCLRViewTransform, seed: int
-    ) -> None:
-        self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
-        epoch, index = key
-        stream = ((self.seed * 100_003 + epoch) * 10_000_019 + index) % 2**32
-        # lightly's transforms draw from both global generators. default_generator, because
-        # torch.manual_seed visits every accelerator and would cost as much as a view.
-        torch.default_generator.manual_seed(stream)
-        np.random.seed(stream)
-        image = Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
-        return (self.transform(image), self.transform(image)), int(self.labels[index])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-class StoredViews(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Views of every epoch, made once and read by all methods of a seed; the same as `Views`."""
-
-    def __init__(self, path: Path, views: Views, epochs: int, size: int) -> None:
-        self.labels = views.labels
-        if not path.exists():
-            part = path.with_name(path.name + ".part")
-            shape = (epochs, len(views), 2, 3, size, size)
-            stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-            with tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar:
-                for epoch in range(epochs):
-                    for index in range(len(views)):
-                        pair = torch.stack(views[epoch, index][0])
-                        stored[epoch, index] = pair.add(1).mul(127.5).round().byte().numpy()
-                        bar.update()
-            stored.flush()
-            part.replace(path)
-        self.stored = np.load(path, mmap_mode="r")
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
-        pair = normalized(torch.from_numpy(self.stored[key].copy()))
-        return (pair[0], pair[1]), int(self.labels[key[1]])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """This rank's share of every global batch, in an order that only seed and epoch decide.
-
-    A global batch is the same images for any number of ranks, and a resumed run goes on with the
-    order it would have had. Lightning calls `set_epoch` before each epoch; but it makes the first
-    iterator before it restores a checkpoint, and keeps it, so `start` says which epoch that is for.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-    ) -> None:
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.start = start
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = max(epoch, self.start)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.randperm(
-            self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        )
-        batches = order[: self.n // self.batch_size * self.batch_size].view(
-            -1, self.world_size, self.batch_size // self.world_size
-        )
-        return iter([(self.epoch, index) for index in batches[:, self.rank].flatten().tolist()])
-
-    def __len__(self) -> int:
-        return self.n // self.batch_size * (self.batch_size // self.world_size)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from _demo_data import Images
-from _demo_pictures import COLOURS, MARKERS, TSNE_IMAGES, class_legend, embedding, plt
 from matplotlib.patches import Patch
+
+from experiments.data import Images
+from experiments.pictures import COLOURS, MARKERS, TSNE_IMAGES, class_legend, embedding, plt
 
 STYLES = {"SimCLR": 0, "BYOL": 1, "C2BIN": 2}  # one colour and marker a method, in every figure
 RIGHT, WRONG = "#117733", "#CC3311"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paper.published import TABLE4, TABLE9
+from experiments.paper.published import TABLE4, TABLE9
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,20 @@ class Budget:
     name: str
     dataset: str  # by default
     seeds: tuple[int, ...]  # by default
-    limit: int | None  # training images, at most
-    limit_test: int | None
-    backbone: str
-    clustering_backbone: str
     epochs: int
     clustering_epochs: int
     snapshots: tuple[int, ...]  # epochs of Figure 5
     batch_size: int
     clustering_batch_size: int
-    papers_optimizer: bool  # LARS of Table 5; if not, the demo's SGD with a cosine schedule
-    probe_epochs: int  # of the linear evaluation
-    stored_views: bool  # make the views of a seed once, for all methods
     rates: tuple[float, ...]  # of Figure 4
     heads: tuple[tuple[int, ...], ...]  # of Tables 4 and 9
+    limit: int | None = None  # training images, at most
+    limit_test: int | None = None
+    backbone: str = "small"
+    clustering_backbone: str = "small"
+    papers_optimizer: bool = False  # LARS of Table 5; if not, the demo's SGD, cosine schedule
+    probe_epochs: int = 300  # of the linear evaluation
+    stored_views: bool = True  # make the views of a seed once, for all methods
 
 
 BUDGETS = {
@@ -41,16 +41,12 @@ BUDGETS = {
         seeds=(0,),
         limit=320,
         limit_test=100,
-        backbone="small",
-        clustering_backbone="small",
         epochs=1,
         clustering_epochs=3,
         snapshots=(1, 2, 3),
         batch_size=160,
         clustering_batch_size=160,
-        papers_optimizer=False,
         probe_epochs=30,
-        stored_views=True,
         rates=(1.0, 2.0),
         heads=((), (32,), (32, 64, 128)),
     ),
@@ -62,16 +58,11 @@ BUDGETS = {
         seeds=(0, 1),
         limit=2000,
         limit_test=1000,
-        backbone="small",
-        clustering_backbone="small",
         epochs=12,
         clustering_epochs=12,
         snapshots=(1, 4, 12),
         batch_size=64,
         clustering_batch_size=80,
-        papers_optimizer=False,
-        probe_epochs=300,
-        stored_views=True,
         rates=(1.0, 10.0, 100.0),
         heads=tuple(TABLE4),
     ),
@@ -79,8 +70,6 @@ BUDGETS = {
         name="full",
         dataset="cifar10",
         seeds=(0, 1, 2, 3, 4),
-        limit=None,
-        limit_test=None,
         backbone="resnet18",
         clustering_backbone="resnet34",
         epochs=300,
@@ -89,7 +78,6 @@ BUDGETS = {
         batch_size=256,
         clustering_batch_size=256,
         papers_optimizer=True,
-        probe_epochs=300,
         stored_views=False,
         rates=(1.0, 10.0, 20.0, 50.0, 100.0),
         heads=(*TABLE4, *TABLE9),

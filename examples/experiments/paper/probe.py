@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from c2bin_lightly.evaluate import Features
 from lightly.utils.lars import LARS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from experiments.evaluation import Features, check
 
 LEARNING_RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -36,7 +37,11 @@ def linear_evaluation(
 
     Returns:
         Accuracies in [0, 1]. The paper reports the largest, so the TEST images choose the rate.
+
+    Raises:
+        ValueError: If a part is empty, features are not finite, or an image is unlabelled.
     """
+    check(train=train, test=test)
     device, rows = train.features.device, len(train.labels)
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,138 @@
+"""Views: what every method sees of the images, fixed by seed, epoch and index."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightly.transforms.simclr_transform import SimCLRViewTransform
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from experiments.data import Images
+
+
+def stream(seed: int, epoch: int) -> int:
+    """Return what the order and all other draws of an epoch are seeded from."""
+    return seed * 100_003 + epoch
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Seed all generators, so that a resumed run draws what an uninterrupted one draws."""
+    start = stream(seed, epoch) % 2**32
+    torch.manual_seed(start)
+    np.random.seed(start)
+    random.seed(start)
+
+
+def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:
+    """Return lightly's SimCLR view with what makes sense for these images, for every method.
+
+    Photographs: lightly's CIFAR-10 settings (colour jitter 0.5, no blur). Digits: nothing about
+    colour, no flips, which turn a digit into none; a milder crop and a turn of up to 15 degrees.
+    """
+    options: dict[str, Any] = {"cj_strength": 0.5}
+    if dataset in ("digits", "fashion-mnist"):
+        options = {"cj_prob": 0.0, "random_gray_scale": 0.0}
+    if dataset == "digits":
+        options |= {"hf_prob": 0.0, "min_scale": 0.4, "rr_prob": 1.0, "rr_degrees": 15}
+    normalize = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    return SimCLRViewTransform(
+        input_size=images.size, gaussian_blur=0.0, normalize=normalize, **options
+    )
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [−1, 1], like the views."""
+    return images.float().div(127.5).sub(1.0)
+
+
+class Views(Dataset[tuple[tuple[Tensor, Tensor], int]]):
+    """Two views of each image; the key (epoch, index) fixes them, whatever process makes them."""
+
+    def __init__(self, images: Images, dataset: str, seed: int) -> None:
+        self.images, self.labels, self.seed = images.train, images.train_labels, seed
+        self.transform = view_transform(images, dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
+        epoch, index = key
+        start = (stream(self.seed, epoch) * 10_000_019 + index) % 2**32
+        # lightly's transforms draw from both global generators. default_generator, because
+        # torch.manual_seed visits every accelerator and would cost as much as a view.
+        torch.default_generator.manual_seed(start)
+        np.random.seed(start)
+        image = Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
+        return (self.transform(image), self.transform(image)), int(self.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class StoredViews(Dataset[tuple[tuple[Tensor, Tensor], int]]):
+    """Views of every epoch, made once and read by all methods of a seed; the same as `Views`."""
+
+    def __init__(self, path: Path, views: Views, epochs: int) -> None:
+        self.labels = views.labels
+        if not path.exists():
+            part = path.with_name(path.name + ".part")
+            shape = (epochs, len(views), 2, *views.images.shape[1:])
+            stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            with tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar:
+                for epoch in range(epochs):
+                    for index in range(len(views)):
+                        pair = torch.stack(views[epoch, index][0])
+                        stored[epoch, index] = pair.add(1).mul(127.5).round().byte().numpy()
+                        bar.update()
+            stored.flush()
+            part.replace(path)
+        self.stored = np.load(path, mmap_mode="r")
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
+        pair = normalized(torch.from_numpy(self.stored[key].copy()))
+        return (pair[0], pair[1]), int(self.labels[key[1]])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """This rank's share of every global batch, in an order that only seed and epoch decide.
+
+    A global batch is the same images for any number of ranks, and a resumed run goes on with the
+    order it would have had. Lightning calls `set_epoch` before each epoch; but it makes the first
+    iterator before it restores a checkpoint, and keeps it, so `start` says which epoch that is for.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+    ) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.start = start
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = max(epoch, self.start)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(stream(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator)
+        batches = order[: self.n // self.batch_size * self.batch_size].view(
+            -1, self.world_size, self.batch_size // self.world_size
+        )
+        return iter([(self.epoch, index) for index in batches[:, self.rank].flatten().tolist()])
+
+    def __len__(self) -> int:
+        return self.n // self.batch_size * (self.batch_size // self.world_size)

@@ -1,1 +1,0 @@
-"""The experiments of the C2BIN paper: `python examples/paper --help`."""

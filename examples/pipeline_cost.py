@@ -1,0 +1,6 @@
+"""What bounds training: see --help and benchmarks/pipeline_cost.py."""
+
+from benchmarks.pipeline_cost import main
+
+if __name__ == "__main__":
+    main()
