@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from _demo_data import DemoError, EpochSampler, Images, Views, normalized, view_transform
-from c2bin_lightly import evaluate
+from experiments import evaluation as evaluate
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn

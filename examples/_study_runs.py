@@ -33,7 +33,6 @@ from _demo_options import (
 from _demo_report import hardware, mean_and_spread, versions
 from _demo_training import BACKBONES, features_of, fit
 from _study_variants import VARIATIONS, VariedC2BIN
-from c2bin_lightly import evaluate
 from c2bin_lightly.backbones import backbone
 from demo import (
     LR_PER_IMAGE,
@@ -44,6 +43,7 @@ from demo import (
     queue_size,
     write,
 )
+from experiments import evaluation as evaluate
 from joblib import Parallel, delayed
 from pytorch_lightning import LightningModule
 from tqdm import tqdm

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from _demo_pictures import clusters as draw_clusters
 from _demo_report import markdown, mean_and_spread
-from c2bin_lightly import evaluate
+from experiments import evaluation as evaluate
 from torch import Tensor
 from torch.nn.functional import normalize
 

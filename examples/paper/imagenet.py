@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from _demo_data import DemoError, stratified
 from _demo_report import markdown
-from c2bin_lightly import C2BINResNet50, evaluate, load_backbone
+from c2bin_lightly import C2BINResNet50, load_backbone
+from experiments import evaluation as evaluate
 from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from PIL import Image
 from pytorch_lightning import Trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from c2bin_lightly.evaluate import Features
+from experiments.evaluation import Features
 from lightly.utils.lars import LARS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

@@ -2,8 +2,7 @@
 
 lightly's pip package has the building blocks (heads, losses, momentum update, LARS, schedules) and
 leaves the methods to its benchmark scripts. This package puts the blocks together: `SimCLR`,
-`MoCoV2`, `BYOL` and `C2BIN`, which is BYOL plus cluster heads. `c2bin_lightly.evaluate` scores
-frozen features with lightly's kNN, a linear probe and k-means.
+`MoCoV2`, `BYOL` and `C2BIN`, which is BYOL plus cluster heads.
 
 For lightly's own benchmarks there are `register` and `python -m c2bin_lightly` (the ImageNet
 scripts) and the four methods as BenchmarkModules (the CIFAR-10 benchmark).
@@ -15,7 +14,6 @@ except ImportError as error:
     raise ImportError('c2bin_lightly needs lightly: pip install "c2bin-ext[lightly]"') from error
 
 from c2bin_ext.checkpoints import load_backbone
-from c2bin_lightly import evaluate
 from c2bin_lightly.benchmark import (
     BYOLBenchmark,
     C2BINBenchmark,
@@ -38,7 +36,6 @@ __all__ = [
     "Optimization",
     "SimCLR",
     "SimCLRBenchmark",
-    "evaluate",
     "load_backbone",
     "register",
     "transform",

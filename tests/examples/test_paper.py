@@ -389,7 +389,7 @@ def test_moco_is_mocov2_with_a_linear_projector() -> None:
 
 
 def test_linear_evaluation_trains_each_rate_alone() -> None:
-    from c2bin_lightly.evaluate import Features
+    from experiments.evaluation import Features
     from lightly.utils.lars import LARS
     from paper.probe import linear_evaluation
 

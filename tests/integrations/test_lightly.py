@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("lightly")
 
-from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
+from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from c2bin_ext import C2BINLoss
@@ -512,75 +512,3 @@ def test_without_lightly_the_import_says_what_to_install() -> None:
     run = [sys.executable, "-c", textwrap.dedent(code)]
     shown = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert 'pip install "c2bin-ext[lightly]"' in shown
-
-
-class TestEvaluate:
-    @staticmethod
-    def blobs(n: int, seed: int, noise: float = 0.3) -> evaluate.Features:
-        draw = torch.Generator().manual_seed(seed)
-        labels = torch.arange(n) % 3
-        return evaluate.Features(
-            torch.eye(3)[labels] + noise * torch.randn(n, 3, generator=draw), labels
-        )
-
-    def test_extract_is_in_evaluation_mode_and_puts_the_mode_back(self) -> None:
-        model = build(BYOL)
-        model.follower_backbone.eval()
-        images, labels = torch.randn(6, 3, 4, 4), torch.arange(6)
-        batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-        before = copy.deepcopy(model.state_dict())
-        found = evaluate.extract(model, batches)
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[name]), name
-        assert model.training
-        assert not model.follower_backbone.training
-        assert not model.follower_backbone[1].training
-        assert torch.equal(found.labels, labels)
-        torch.testing.assert_close(found.features, model.eval()(images))
-
-    def test_extract_of_nothing_says_so(self, complains: Any) -> None:
-        with complains(ValueError, "batches", "empty"):
-            evaluate.extract(nn.Flatten(), [], device="cpu")
-
-    @pytest.mark.parametrize("chunk", [7, 512])
-    def test_knn_agrees_with_a_loop(self, chunk: int) -> None:
-        train, test = self.blobs(60, 0, noise=0.6), self.blobs(31, 1, noise=0.6)
-        right = 0
-        for row, label in zip(test.features, test.labels, strict=True):
-            cosines = torch.cosine_similarity(row[None], train.features)
-            near = cosines.argsort(descending=True)[:5]
-            votes = [
-                float((cosines[near] / 0.1).exp()[train.labels[near] == c].sum()) for c in range(3)
-            ]
-            right += votes.index(max(votes)) == int(label)
-        assert 0 < right < 31
-        assert evaluate.knn_accuracy(train, test, k=5, chunk=chunk) == pytest.approx(right / 31)
-
-    def test_knn_is_cut_to_the_bank(self) -> None:
-        train, test = self.blobs(9, 0), self.blobs(12, 1)
-        assert evaluate.knn_accuracy(train, test, k=200) == evaluate.knn_accuracy(train, test, k=9)
-
-    def test_linear_probe_learns_and_leaves_the_generators_alone(self) -> None:
-        train, test = self.blobs(90, 0), self.blobs(60, 1)
-        torch.manual_seed(3)
-        state = torch.get_rng_state()
-        probe = evaluate.linear_probe(train, test)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert probe.accuracy > 0.9
-        assert probe == evaluate.linear_probe(train, test)
-
-    def test_linear_probe_never_looks_at_the_test_images_to_choose(self) -> None:
-        train, test = self.blobs(90, 0), self.blobs(60, 1)
-        wrong = evaluate.Features(test.features, (test.labels + 1) % 3)
-        honest, fooled = (evaluate.linear_probe(train, t, epochs=5) for t in (test, wrong))
-        assert (honest.lr, honest.held_out_accuracy) == (fooled.lr, fooled.held_out_accuracy)
-        assert fooled.accuracy < 0.2 < honest.accuracy
-
-    def test_kmeans_clusters_the_test_images_and_scores_them(self) -> None:
-        train, test = self.blobs(90, 0, noise=0.1), self.blobs(60, 1, noise=0.1)
-        clusters = evaluate.kmeans(train, test, k=3)
-        scores = evaluate.clustering_scores(test.labels, clusters)
-        assert scores == {"nmi": 1.0, "acc": 1.0, "purity": 1.0, "ari": 1.0, "in_use": 3.0}
-        # Length says nothing: features are normalised first.
-        longer = evaluate.Features(test.features * torch.linspace(1, 50, 60)[:, None], test.labels)
-        assert torch.equal(evaluate.kmeans(train, longer, k=3), clusters)

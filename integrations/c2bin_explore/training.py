@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from c2bin_lightly.backbones import backbone
+from c2bin_lightly.methods import C2BIN
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
@@ -23,10 +25,8 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from c2bin_explore.images import ExploreError
 from c2bin_ext.checkpoints import load_backbone
-from c2bin_lightly._explore_images import ExploreError
-from c2bin_lightly.backbones import backbone
-from c2bin_lightly.methods import C2BIN
 
 BACKBONES = ("small", "resnet18", "resnet50")
 LARGEST_BATCH = 256

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from c2bin_explore.images import Images, classes_of, shown
 from c2bin_ext import metrics
-from c2bin_lightly._explore_images import Images, classes_of, shown
 
 NEIGHBOURS = 12
 SCALES = ("coarse", "middle", "fine")
