@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from c2bin_lightly.backbones import backbone
-from c2bin_lightly.methods import C2BIN
+from c2bin_lightly.training import C2BIN
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint

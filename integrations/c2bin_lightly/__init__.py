@@ -23,7 +23,7 @@ from c2bin_lightly.benchmark import (
     register,
     transform,
 )
-from c2bin_lightly.methods import BYOL, C2BIN, MoCoV2, Optimization, SimCLR
+from c2bin_lightly.training import BYOL, C2BIN, MoCoV2, Optimization, SimCLR
 
 __all__ = [
     "BYOL",

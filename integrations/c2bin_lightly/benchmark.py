@@ -8,9 +8,11 @@ is in the pip package: `SimCLRBenchmark`, `MoCoV2Benchmark`, `BYOLBenchmark`, `C
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Literal
 
+import torch
 from lightly.transforms.byol_transform import BYOLTransform
 from lightly.utils.benchmarking import BenchmarkModule, KNNClassifier, OnlineLinearClassifier
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
 from c2bin_ext import C2BINLoss
-from c2bin_lightly.methods import BYOL, C2BIN, MoCoV2, SimCLR, trained_by_decay
+from c2bin_ext._hosts import labelled, two_views
+from c2bin_lightly.training import BYOL, C2BIN, MoCoV2, SimCLR, Trained, trained_by_decay
 
 __all__ = [
     "BYOLBenchmark",
@@ -135,10 +138,10 @@ class C2BINResNet50(C2BIN):
             )
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
-        """Take `((view0, view1), labels, ...)`; labels reach the online classifier alone."""
-        (view0, view1), labels = batch[0], batch[1]
-        branches = self.branches(view0, view1)
-        losses = self.objective(branches)
+        """Take `((view0, view1), labels, ...)`; labels reach only the online classifier."""
+        views, labels = two_views(batch), batch[1]
+        branches = self.method.branches(*views)
+        losses = self.method.objective(branches)
         online_loss, online = self.online_classifier.training_step(
             (branches.features[0].detach(), labels), batch_idx
         )
@@ -149,17 +152,21 @@ class C2BINResNet50(C2BIN):
 
     def validation_step(
         self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take `(images, labels, ...)` of the kNN's bank (loader 0) or of the validation images."""
-        images, labels = batch[0], batch[1]
-        features = self(images)
+    ) -> Tensor:
+        """Take `(images, labels, ...)` of the kNN's bank (loader 0) or of the validation images.
+
+        Returns:
+            The features, of which the heads are scored.
+        """
+        images, labels = labelled(batch)
+        features: Tensor = self(images)
         scores: dict[str, Tensor] = {}
         if self.knn_classifier is not None:
             found = self.knn_classifier.validation_step(
                 (features, labels), batch_idx, dataloader_idx
             )
             if dataloader_idx == 0:
-                return
+                return features
             scores.update(found)
         scores.update(self.online_classifier.validation_step((features, labels), batch_idx)[1])
         self.log_dict(
@@ -169,11 +176,10 @@ class C2BINResNet50(C2BIN):
             batch_size=len(labels),
             add_dataloader_idx=False,
         )
-        self.watch(images, labels, features)
+        return features
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of each head, and let go of the kNN's bank."""
-        super().on_validation_epoch_end()
+        """Let go of the kNN's bank."""
         if self.knn_classifier is not None:
             self.knn_classifier.reset_storage()
 
@@ -183,12 +189,7 @@ class C2BINResNet50(C2BIN):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return C2BIN's groups, and the online classifier's, which has no weight decay."""
-        trained = [
-            module
-            for module in self.children()
-            if module is not self.online_classifier and module is not self.knn_classifier
-        ]
-        decayed, undecayed = trained_by_decay(trained)
+        decayed, undecayed = trained_by_decay([self.method])
         online = list(self.online_classifier.parameters())
         return [
             {"name": "c2bin", "params": decayed},
@@ -225,10 +226,24 @@ def register(
         raise TypeError(f"register got unknown options {unknown}; known: {known}")
     if "c2bin" in methods:
         raise ValueError("methods: expected no entry 'c2bin', got one: it is registered already")
+    methods["c2bin"] = {"model": _registered(online_knn, options), "transform": transform}
 
+
+class _Registered(type(C2BINResNet50)):  # type: ignore[misc]
+    """The type of what `register` makes: a class that processes can send each other."""
+
+    made_by: tuple[bool, dict[str, Any]]
+
+
+copyreg.pickle(_Registered, lambda kind: (_registered, kind.made_by))
+
+
+def _registered(online_knn: bool, options: dict[str, Any]) -> _Registered:
     # The scripts look at the signature to see whether a method has an online kNN.
     # Those that have none, vitb16's and older ones, give no arguments for it.
-    class WithKNN(C2BINResNet50):
+    class WithKNN(C2BINResNet50, metaclass=_Registered):
+        made_by = online_knn, options
+
         def __init__(
             self,
             batch_size_per_device: int,
@@ -238,24 +253,19 @@ def register(
         ) -> None:
             super().__init__(batch_size_per_device, num_classes, knn_k, knn_t, **options)
 
-    class WithoutKNN(C2BINResNet50):
+    class WithoutKNN(C2BINResNet50, metaclass=_Registered):
+        made_by = online_knn, options
+
         def __init__(self, batch_size_per_device: int, num_classes: int) -> None:
             super().__init__(batch_size_per_device, num_classes, **options)
 
-    methods["c2bin"] = {"model": WithKNN if online_knn else WithoutKNN, "transform": transform}
+    return WithKNN if online_knn else WithoutKNN
 
 
-class _Bank(BenchmarkModule):  # type: ignore[misc]
-    """lightly's BenchmarkModule, constructed without arguments so that it can be a further base."""
+class _Benchmark(Trained, BenchmarkModule):  # type: ignore[misc]
+    """A method as a BenchmarkModule: ours trains it, lightly's validates it."""
 
-    def __init__(self) -> None:
-        super().__init__(dataloader_kNN=None, num_classes=0)
-
-
-class _Benchmark:
-    """What turns a method into a BenchmarkModule; stands before the method among the bases."""
-
-    max_accuracy: float
+    form: type[Trained]  # which names the method's arguments
 
     def __init__(
         self,
@@ -265,11 +275,39 @@ class _Benchmark:
         knn_t: float = 0.1,
         **method: Any,
     ) -> None:
-        super().__init__(**method)
-        self.dataloader_kNN = dataloader_kNN
-        self.num_classes = num_classes
-        self.knn_k = knn_k
-        self.knn_t = knn_t
+        super().__init__(dataloader_kNN, num_classes, knn_k, knn_t)
+        del self.backbone  # lightly's placeholder
+        built = self.form(**method)
+        self.wrap(built.method, built.optimization)
+
+    def on_validation_epoch_start(self) -> None:
+        """Fill the kNN's bank, which needs a class for each image."""
+        super().on_validation_epoch_start()
+        self._check("dataloader_kNN", self._train_features, self._train_targets)
+
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
+        """Take `(images, labels, names)`; each image needs a class."""
+        images, labels = labelled(batch)
+        self._check("validation images", images, labels)
+        super().validation_step(batch, batch_idx)
+
+    @staticmethod
+    def _check(name: str, values: Tensor, labels: Tensor) -> None:
+        unlabelled = int((labels < 0).sum())
+        if unlabelled:
+            raise ValueError(
+                f"{name}: the accuracy of a kNN expected a class, 0 or more, for every image, got "
+                f"{unlabelled} of {len(labels)} below 0; leave unlabelled images out"
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name}: expected finite numbers to score, got NaN or infinite ones")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy; that of the sanity check's few images is not the best so far."""
+        best = self.max_accuracy
+        super().on_validation_epoch_end()
+        if self.trainer.sanity_checking:
+            self.max_accuracy = best
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the best accuracy so far, which lightly would start anew in a resumed run."""
@@ -280,8 +318,11 @@ class _Benchmark:
         self.max_accuracy = checkpoint["max_accuracy"]
 
 
-class SimCLRBenchmark(_Benchmark, SimCLR, _Bank):
+class SimCLRBenchmark(_Benchmark):
     """SimCLR as a BenchmarkModule: lightly's kNN accuracy after every epoch, its best kept.
+
+    As lightly has it, `max_accuracy` is a share in [0, 1] and the logged `kNN_accuracy` is in
+    percent.
 
     Args:
         dataloader_kNN: Batches `(images, labels, names)` of the training images without
@@ -299,17 +340,25 @@ class SimCLRBenchmark(_Benchmark, SimCLR, _Bank):
         0.0
     """
 
+    form = SimCLR
 
-class MoCoV2Benchmark(_Benchmark, MoCoV2, _Bank):
+
+class MoCoV2Benchmark(_Benchmark):
     """MoCo v2 as a BenchmarkModule: see `SimCLRBenchmark` and `MoCoV2` for the arguments."""
 
+    form = MoCoV2
 
-class BYOLBenchmark(_Benchmark, BYOL, _Bank):
+
+class BYOLBenchmark(_Benchmark):
     """BYOL as a BenchmarkModule: see `SimCLRBenchmark` and `BYOL` for the arguments."""
 
+    form = BYOL
 
-class C2BINBenchmark(_Benchmark, C2BIN, _Bank):
+
+class C2BINBenchmark(_Benchmark):
     """C2BIN as a BenchmarkModule: see `SimCLRBenchmark` and `C2BIN` for the arguments.
 
     Beside `kNN_accuracy` it logs the scores of each head, see `C2BIN`.
     """
+
+    form = C2BIN

@@ -87,7 +87,7 @@ class TestEveryMethod:
         view0, view1 = torch.randn(2, 8, 3, 4, 4)
         model.losses(view0, view1)["loss"].backward()
         for name, parameter in model.named_parameters():
-            if name.startswith("follower"):
+            if "follower" in name:
                 assert parameter.grad is None
                 assert not parameter.requires_grad
             else:
@@ -323,7 +323,7 @@ class TestC2BIN:
 
     def test_is_byol_plus_heads_on_backbone_features(self) -> None:
         byol, c2bin = build(BYOL), build(C2BIN, loss=C2BINLoss(cluster_weight=0.0))
-        extra = set(dict(c2bin.named_parameters())) - set(dict(byol.named_parameters()))
+        extra = set(c2bin.state_dict()) - set(byol.state_dict())
         assert extra == {"criterion.head.linear.weight", "criterion.head.linear.bias"}
         c2bin.load_state_dict(byol.state_dict(), strict=False)
         view0, view1 = torch.randn(2, 8, 3, 4, 4)
