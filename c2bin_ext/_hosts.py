@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -66,6 +67,33 @@ def seed_epoch(trainer: Any, seed: int) -> None:
         iter(loop._data_fetcher)
 
 
+def steps_of(trainer: Any, needed_by: str) -> int:
+    """Return how many optimiser steps a Lightning run has at most, or name what needs to know."""
+    steps = trainer.estimated_stepping_batches
+    # Lightning's words for not knowing: infinity, or -1 with a loader that has no length.
+    if not 0 <= steps < math.inf:
+        raise ValueError(
+            f"{needed_by}: expected a run whose number of steps is known, got max_epochs="
+            f"{trainer.max_epochs}, max_steps={trainer.max_steps} and "
+            f"{trainer.num_training_batches} batches an epoch; give the Trainer max_steps"
+        )
+    return int(steps)
+
+
+def steps_of_epoch(trainer: Any, needed_by: str) -> int:
+    """Return the optimiser steps of an epoch, or name what needs to know."""
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    if batches == math.inf:
+        raise ValueError(
+            f"{needed_by}: expected a training loader with a length, which tells the steps of an "
+            f"epoch, got one without; an integer limit_train_batches stands in for it"
+        )
+    steps: int = math.ceil(batches / trainer.accumulate_grad_batches)
+    return steps
+
+
 def described(value: Any, depth: int = 2) -> str:
     """Return what a batch is made of, for a message."""
     if isinstance(value, Tensor):
@@ -76,17 +104,18 @@ def described(value: Any, depth: int = 2) -> str:
     return type(value).__name__
 
 
-def two_views(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the views of a training batch `((view0, view1), ...)`."""
-    views = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+def two_views(batch: Any, labelled: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the views of a training batch `((view0, view1), ...)`, with labels or without."""
+    views = batch[0] if isinstance(batch, (list, tuple)) and len(batch) > labelled else None
     if (
         not isinstance(views, (list, tuple))
         or len(views) != 2
         or not all(isinstance(view, Tensor) for view in views)
     ):
         raise ValueError(
-            "training batch: expected ((view0, view1), ...), first a pair of views, each (n, "
-            f"channels, height, width), then labels or nothing; got {described(batch)}"
+            "training batch: expected ((view0, view1), labels, ...), first a pair of views, each "
+            f"(n, channels, height, width){'' if labelled else ', labels or not'}; got "
+            f"{described(batch)}"
         )
     return views[0], views[1]
 
@@ -99,3 +128,15 @@ def labelled(batch: Any) -> tuple[Tensor, Tensor]:
             f"width) and labels (n,), below zero if unlabelled; got {described(batch)}"
         )
     return batch[0], batch[1]
+
+
+def check_scorable(name: str, values: Tensor, labels: Tensor) -> None:
+    """Check that what an accuracy is computed of has finite values and a class for each image."""
+    unlabelled = int((labels < 0).sum())
+    if unlabelled:
+        raise ValueError(
+            f"{name}: expected a class, 0 or more, for every image, as an accuracy needs, got "
+            f"{unlabelled} of {len(labels)} below 0; leave unlabelled images out"
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name}: expected finite values to score, got NaN or infinite ones")

@@ -33,7 +33,7 @@ from _demo_options import (
 from _demo_report import hardware, mean_and_spread, versions
 from _demo_training import BACKBONES, features_of, fit
 from _study_variants import VARIATIONS, VariedC2BIN
-from c2bin_lightly.backbones import backbone
+from c2bin_explore.backbones import backbone
 from demo import (
     LR_PER_IMAGE,
     METHODS,

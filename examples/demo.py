@@ -42,8 +42,8 @@ from _demo_options import (
 )
 from _demo_report import hardware, notes, table, versions
 from _demo_training import BACKBONES, features_of, fit
+from c2bin_explore.backbones import backbone
 from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR
-from c2bin_lightly.backbones import backbone
 from experiments import evaluation as evaluate
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn

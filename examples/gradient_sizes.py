@@ -21,8 +21,8 @@ from _demo_options import exit_code
 from _demo_report import markdown
 from _demo_training import features_of, fit
 from _study_runs import Bench, about, hush, objective, parse, parser_of, sentence
+from c2bin_explore.backbones import backbone
 from c2bin_lightly import C2BIN
-from c2bin_lightly.backbones import backbone
 from c2bin_lightly.methods import Branches
 from demo import BOOTSTRAP, LR_PER_IMAGE, OPTIMIZATION, write
 from experiments import evaluation as evaluate

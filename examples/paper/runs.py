@@ -17,8 +17,8 @@ import torch
 from _demo_data import DemoError, Images, StoredViews, Views, limited, load, view_transform
 from _demo_report import versions
 from _demo_training import features_of, fit
+from c2bin_explore.backbones import backbone
 from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR
-from c2bin_lightly.backbones import backbone
 from demo import (
     LR_PER_IMAGE,
     METHODS,

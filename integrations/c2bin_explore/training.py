@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from c2bin_lightly.backbones import backbone
 from c2bin_lightly.training import C2BIN
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -25,6 +24,7 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from c2bin_explore.backbones import backbone
 from c2bin_explore.images import ExploreError
 from c2bin_ext.checkpoints import load_backbone
 

@@ -1,11 +1,7 @@
 """C2BIN for lightly: its baselines and C2BIN as LightningModules over any backbone.
 
-lightly's pip package has the building blocks (heads, losses, momentum update, LARS, schedules) and
-leaves the methods to its benchmark scripts. This package puts the blocks together: `SimCLR`,
-`MoCoV2`, `BYOL` and `C2BIN`, which is BYOL plus cluster heads.
-
-For lightly's own benchmarks there are `register` and `python -m c2bin_lightly` (the ImageNet
-scripts) and the four methods as BenchmarkModules (the CIFAR-10 benchmark).
+lightly's pip package has the building blocks and leaves the methods to its benchmark scripts. For
+those there are `register` and `python -m c2bin_lightly` (ImageNet) and BenchmarkModules (CIFAR-10).
 """
 
 try:

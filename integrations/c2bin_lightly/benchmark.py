@@ -1,6 +1,6 @@
-"""C2BIN, and its baselines, in the form that lightly's benchmarks ask of a method.
+"""C2BIN and its baselines in the two forms that lightly's benchmarks ask of a method.
 
-lightly has two forms. Its ImageNet scripts (`benchmarks/imagenet/*/main.py` of its git repository)
+Its ImageNet scripts (`benchmarks/imagenet/*/main.py` of its git repository)
 build a method from `(batch_size_per_device, num_classes)`: `C2BINResNet50`, `transform` and
 `register`. Its CIFAR-10 benchmark derives from `lightly.utils.benchmarking.BenchmarkModule`, which
 is in the pip package: `SimCLRBenchmark`, `MoCoV2Benchmark`, `BYOLBenchmark`, `C2BINBenchmark`.
@@ -12,7 +12,6 @@ import copyreg
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Literal
 
-import torch
 from lightly.transforms.byol_transform import BYOLTransform
 from lightly.utils.benchmarking import BenchmarkModule, KNNClassifier, OnlineLinearClassifier
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
 from c2bin_ext import C2BINLoss
-from c2bin_ext._hosts import labelled, two_views
+from c2bin_ext._hosts import check_scorable, labelled, two_views
 from c2bin_lightly.training import BYOL, C2BIN, MoCoV2, SimCLR, Trained, trained_by_decay
 
 __all__ = [
@@ -53,10 +52,9 @@ class _OnlineKNN(KNNClassifier):  # type: ignore[misc]
 class C2BINResNet50(C2BIN):
     """C2BIN on ResNet-50 as lightly's ImageNet benchmark trains and evaluates it.
 
-    Backbone, projector, predictor, views, optimiser and momentum are those of that benchmark's
-    BYOL; the clusters and their weights are those of the paper's Table 7. Beside what `C2BIN` logs
-    it logs the metrics of lightly's online linear classifier and, when asked for, of its online
-    kNN.
+    All but the clusters and their weights, which are those of the paper's Table 7, is that of the
+    benchmark's BYOL. Beside what `C2BIN` logs it logs the metrics of lightly's online linear
+    classifier and, when asked for, of its online kNN.
 
     Args:
         batch_size_per_device: Images of a batch on one device; the learning rate is
@@ -67,8 +65,7 @@ class C2BINResNet50(C2BIN):
         knn_t: Temperature of the online kNN.
         num_clusters: K of each head.
         loss: The objective, if not that of Table 7. It is not stored in checkpoints.
-        normalize: As in `C2BIN`; by default as in the paper, like the rest of Table 7.
-        against: As in `C2BIN`; likewise.
+        normalize, against: As in `C2BIN`; by default as in the paper.
 
     Raises:
         ValueError: One of knn_k and knn_t without the other.
@@ -107,10 +104,8 @@ class C2BINResNet50(C2BIN):
             normalize=normalize,
             loss=C2BINLoss(**TABLE_7, gather_distributed=True) if loss is None else loss,
             against=against,
-            # Table 7 and lightly's BYOL alike.
-            hidden_dim=4096,
-            # lightly's BYOL; Table 7 does not say.
-            projection_dim=256,
+            hidden_dim=4096,  # Table 7 and lightly's BYOL alike
+            projection_dim=256,  # lightly's BYOL; Table 7 does not say
             # 0.99 in both; the cosine to 1 is lightly's, Table 7 has it constant.
             follower_momentum=0.99,
             follower_schedule="cosine",
@@ -128,19 +123,13 @@ class C2BINResNet50(C2BIN):
         self.online_classifier = OnlineLinearClassifier(feature_dim=2048, num_classes=num_classes)
         self.knn_classifier: _OnlineKNN | None = None
         if knn_k is not None:
-            self.knn_classifier = _OnlineKNN(
-                model=None,
-                num_classes=num_classes,
-                knn_k=knn_k,
-                knn_t=knn_t,
-                train_dataloader_idx=0,
-                val_dataloader_idx=1,
-            )
+            loaders = {"train_dataloader_idx": 0, "val_dataloader_idx": 1}
+            self.knn_classifier = _OnlineKNN(None, num_classes, knn_k, knn_t, **loaders)
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Take `((view0, view1), labels, ...)`; labels reach only the online classifier."""
-        views, labels = two_views(batch), batch[1]
-        branches = self.method.branches(*views)
+        view0, view1 = two_views(batch, labelled=True)
+        labels, branches = batch[1], self.method.branches(view0, view1)
         losses = self.method.objective(branches)
         online_loss, online = self.online_classifier.training_step(
             (branches.features[0].detach(), labels), batch_idx
@@ -150,14 +139,8 @@ class C2BINResNet50(C2BIN):
         total: Tensor = losses["loss"] + online_loss
         return total
 
-    def validation_step(
-        self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> Tensor:
-        """Take `(images, labels, ...)` of the kNN's bank (loader 0) or of the validation images.
-
-        Returns:
-            The features, of which the heads are scored.
-        """
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the features of `(images, labels, ...)`, of the kNN's bank (loader 0) or not."""
         images, labels = labelled(batch)
         features: Tensor = self(images)
         scores: dict[str, Tensor] = {}
@@ -169,13 +152,8 @@ class C2BINResNet50(C2BIN):
                 return features
             scores.update(found)
         scores.update(self.online_classifier.validation_step((features, labels), batch_idx)[1])
-        self.log_dict(
-            scores,
-            prog_bar=True,
-            sync_dist=True,
-            batch_size=len(labels),
-            add_dataloader_idx=False,
-        )
+        shown: dict[str, Any] = {"prog_bar": True, "sync_dist": True, "add_dataloader_idx": False}
+        self.log_dict(scores, batch_size=len(labels), **shown)
         return features
 
     def on_validation_epoch_end(self) -> None:
@@ -190,11 +168,11 @@ class C2BINResNet50(C2BIN):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return C2BIN's groups, and the online classifier's, which has no weight decay."""
         decayed, undecayed = trained_by_decay([self.method])
-        online = list(self.online_classifier.parameters())
+        online = {"name": "online_classifier", "params": [*self.online_classifier.parameters()]}
         return [
             {"name": "c2bin", "params": decayed},
             {"name": "c2bin_no_weight_decay", "params": undecayed, "weight_decay": 0.0},
-            {"name": "online_classifier", "params": online, "weight_decay": 0.0},
+            {**online, "weight_decay": 0.0},
         ]
 
 
@@ -241,23 +219,17 @@ copyreg.pickle(_Registered, lambda kind: (_registered, kind.made_by))
 def _registered(online_knn: bool, options: dict[str, Any]) -> _Registered:
     # The scripts look at the signature to see whether a method has an online kNN.
     # Those that have none, vitb16's and older ones, give no arguments for it.
-    class WithKNN(C2BINResNet50, metaclass=_Registered):
-        made_by = online_knn, options
-
-        def __init__(
-            self,
-            batch_size_per_device: int,
-            num_classes: int,
-            knn_k: int | None = None,
-            knn_t: float | None = None,
-        ) -> None:
-            super().__init__(batch_size_per_device, num_classes, knn_k, knn_t, **options)
-
     class WithoutKNN(C2BINResNet50, metaclass=_Registered):
         made_by = online_knn, options
 
-        def __init__(self, batch_size_per_device: int, num_classes: int) -> None:
-            super().__init__(batch_size_per_device, num_classes, **options)
+        def __init__(self, batch_size_per_device: int, num_classes: int, **knn: Any) -> None:
+            super().__init__(batch_size_per_device, num_classes, **knn, **options)
+
+    class WithKNN(WithoutKNN):
+        def __init__(
+            self, batch_size_per_device: int, num_classes: int, knn_k: Any = None, knn_t: Any = None
+        ) -> None:
+            super().__init__(batch_size_per_device, num_classes, knn_k=knn_k, knn_t=knn_t)
 
     return WithKNN if online_knn else WithoutKNN
 
@@ -266,6 +238,7 @@ class _Benchmark(Trained, BenchmarkModule):  # type: ignore[misc]
     """A method as a BenchmarkModule: ours trains it, lightly's validates it."""
 
     form: type[Trained]  # which names the method's arguments
+    max_accuracy: float
 
     def __init__(
         self,
@@ -283,24 +256,13 @@ class _Benchmark(Trained, BenchmarkModule):  # type: ignore[misc]
     def on_validation_epoch_start(self) -> None:
         """Fill the kNN's bank, which needs a class for each image."""
         super().on_validation_epoch_start()
-        self._check("dataloader_kNN", self._train_features, self._train_targets)
+        check_scorable("dataloader_kNN", self._train_features, self._train_targets)
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Take `(images, labels, names)`; each image needs a class."""
         images, labels = labelled(batch)
-        self._check("validation images", images, labels)
+        check_scorable("validation images", images, labels)
         super().validation_step(batch, batch_idx)
-
-    @staticmethod
-    def _check(name: str, values: Tensor, labels: Tensor) -> None:
-        unlabelled = int((labels < 0).sum())
-        if unlabelled:
-            raise ValueError(
-                f"{name}: the accuracy of a kNN expected a class, 0 or more, for every image, got "
-                f"{unlabelled} of {len(labels)} below 0; leave unlabelled images out"
-            )
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{name}: expected finite numbers to score, got NaN or infinite ones")
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracy; that of the sanity check's few images is not the best so far."""

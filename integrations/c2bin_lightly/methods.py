@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,13 +27,7 @@ __all__ = ["BYOLMethod", "Branches", "C2BINMethod", "Method", "MoCoV2Method", "S
 
 
 class Method(nn.Module, ABC):
-    """A backbone, a projector on top of it, and one step; it knows no trainer.
-
-    Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten
-            to (n, feature_dim).
-        projector: Maps features to projections (n, projection_dim).
-    """
+    """A backbone, a projector on top of it, and one step; it knows no trainer."""
 
     criterion: Any  # the loss, which each method takes or makes
     follower_schedule: Literal["constant", "cosine"] = "constant"
@@ -51,8 +46,8 @@ class Method(nn.Module, ABC):
     def step(self, view0: Tensor, view1: Tensor) -> dict[str, Tensor]:
         """Return what to minimise under `"loss"` and what else to log beside it, all 0-dim."""
 
-    def move_follower(self, step: int, steps: int | None) -> None:
-        """Move the follower after optimiser step `step` of `steps`; without one, do nothing."""
+    def move_follower(self, progress: Callable[[], tuple[int, int]]) -> None:
+        """Move the follower after a step; `progress` returns it and the steps of the run."""
 
     def span_processes(self, processes: int) -> None:
         """Make the loss, and the queue of MoCo v2, see the global batch of several processes."""
@@ -73,30 +68,28 @@ class SimCLRMethod(Method):
         return {"loss": self.criterion(self.projector(self(view0)), self.projector(self(view1)))}
 
 
+class Follower(NamedTuple):
+    """γ of Eq. 8, and whether it stays or goes to 1 over the run."""
+
+    momentum: float
+    schedule: Literal["constant", "cosine"]
+
+
 class _Bootstrap(Method):
-    """A method with a follower: a frozen copy of backbone and projector that trails the runner, Eq.
-    8.
+    """A method with a follower, a frozen copy of backbone and projector that trails them, Eq. 8.
 
     The follower stays in training mode as in lightly: its normalisation layers use the batch and
     keep running statistics of their own; only parameters are averaged.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        projector: nn.Module,
-        follower_momentum: float,
-        follower_schedule: Literal["constant", "cosine"],
-    ) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module, follower: Follower) -> None:
         super().__init__(backbone, projector)
-        if not 0.0 <= follower_momentum <= 1.0:
-            raise ValueError(f"follower_momentum must lie in [0, 1], got {follower_momentum}")
-        if follower_schedule not in ("constant", "cosine"):
-            raise ValueError(
-                f"follower_schedule must be 'constant' or 'cosine', got {follower_schedule!r}"
-            )
-        self.follower_momentum = follower_momentum
-        self.follower_schedule = follower_schedule
+        momentum, schedule = follower
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"follower_momentum must lie in [0, 1], got {momentum}")
+        if schedule not in ("constant", "cosine"):
+            raise ValueError(f"follower_schedule must be 'constant' or 'cosine', got {schedule!r}")
+        self.follower_momentum, self.follower_schedule = momentum, schedule
         self.follower_backbone = copy.deepcopy(backbone)
         self.follower_projector = copy.deepcopy(projector)
         # Without this, DDP would wait for gradients that never come.
@@ -104,21 +97,16 @@ class _Bootstrap(Method):
         deactivate_requires_grad(self.follower_projector)
 
     @torch.no_grad()
-    def follow(self, images: Tensor) -> Tensor:
-        """Return the follower's projections, shape (n, projection_dim); no gradient."""
-        projections: Tensor = self.follower_projector(self.follower_features(images))
-        return projections
-
-    @torch.no_grad()
     def follower_features(self, images: Tensor) -> Tensor:
         """Return the features of the follower's backbone, shape (n, feature_dim); no gradient."""
         features: Tensor = self.follower_backbone(images)
         return features.flatten(start_dim=1)
 
-    def move_follower(self, step: int, steps: int | None) -> None:
+    def move_follower(self, progress: Callable[[], tuple[int, int]]) -> None:
         """Move the follower: `follower ← γ follower + (1 − γ) runner`."""
         momentum = self.follower_momentum
-        if self.follower_schedule == "cosine" and steps is not None:
+        if self.follower_schedule == "cosine":
+            step, steps = progress()
             momentum = cosine_schedule(min(step, steps), steps, momentum, 1.0)
         update_momentum(self.backbone, self.follower_backbone, m=momentum)
         update_momentum(self.projector, self.follower_projector, m=momentum)
@@ -131,12 +119,11 @@ class MoCoV2Method(_Bootstrap):
         self,
         backbone: nn.Module,
         projector: nn.Module,
+        follower: Follower,
         criterion: NTXentLoss,
         symmetric: bool,
-        follower_momentum: float,
-        follower_schedule: Literal["constant", "cosine"],
     ) -> None:
-        super().__init__(backbone, projector, follower_momentum, follower_schedule)
+        super().__init__(backbone, projector, follower)
         self.symmetric = symmetric
         self.criterion = criterion
         # lightly leaves the queue out of the state dict; a resumed run would start from random
@@ -155,43 +142,31 @@ class MoCoV2Method(_Bootstrap):
     def _query(self, query: Tensor, key: Tensor) -> Tensor:
         # Shuffled over ranks, as the paper has it: batch norm must not tell which rank query and
         # key share.
-        if world_size() > 1:
-            key, order = batch_shuffle(key, distributed=True)
-            keys = batch_unshuffle(self.follow(key), order, distributed=True)
-        else:
-            keys = self.follow(key)
+        key, order = batch_shuffle(key, distributed=True) if world_size() > 1 else (key, None)
+        with torch.no_grad():
+            keys = self.follower_projector(self.follower_features(key))
+        if order is not None:
+            keys = batch_unshuffle(keys, order, distributed=True)
         loss: Tensor = self.criterion(self.projector(self(query)), keys)
         return loss
 
 
 class Branches(NamedTuple):
-    """What a method with a predictor makes of two views; each field is a pair, one per view.
+    """What a method with a predictor makes of two views; each field is a pair, one per view."""
 
-    Attributes:
-        features: Of the runner's backbone, (n, feature_dim).
-        predictions: Of the runner's predictor, (n, projection_dim).
-        targets: The follower's projections, (n, projection_dim); no gradient.
-        followed: The features of the follower's backbone, (n, feature_dim); no gradient.
-    """
-
-    features: tuple[Tensor, ...]
-    predictions: tuple[Tensor, ...]
-    targets: tuple[Tensor, ...]
-    followed: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]  # of the runner's backbone, (n, feature_dim)
+    predictions: tuple[Tensor, ...]  # (n, projection_dim)
+    targets: tuple[Tensor, ...]  # the follower's projections, (n, projection_dim); no gradient
+    followed: tuple[Tensor, ...]  # of the follower's backbone, (n, feature_dim); no gradient
 
 
 class BYOLMethod(_Bootstrap):
     """BYOL: a predictor of the follower's projection of the other view."""
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        projector: nn.Module,
-        predictor: nn.Module,
-        follower_momentum: float,
-        follower_schedule: Literal["constant", "cosine"],
+        self, backbone: nn.Module, projector: nn.Module, follower: Follower, predictor: nn.Module
     ) -> None:
-        super().__init__(backbone, projector, follower_momentum, follower_schedule)
+        super().__init__(backbone, projector, follower)
         self.predictor = predictor
         self.criterion = NegativeCosineSimilarity()
 
@@ -212,12 +187,8 @@ class BYOLMethod(_Bootstrap):
 
     def objective(self, branches: Branches) -> dict[str, Tensor]:
         """Return 1 − cosine, averaged over both directions, under `"loss"`."""
-        predictions, targets = branches.predictions, branches.targets
-        cosines = [
-            self.criterion(predictions[0], targets[1]),
-            self.criterion(predictions[1], targets[0]),
-        ]
-        return {"loss": 1 + (cosines[0] + cosines[1]) / 2}
+        (p0, p1), (z0, z1) = branches.predictions, branches.targets
+        return {"loss": 1 + (self.criterion(p0, z1) + self.criterion(p1, z0)) / 2}
 
 
 class C2BINMethod(BYOLMethod):
@@ -227,13 +198,12 @@ class C2BINMethod(BYOLMethod):
         self,
         backbone: nn.Module,
         projector: nn.Module,
+        follower: Follower,
         predictor: nn.Module,
         objective: C2BINObjective,
         against: Literal["runner", "follower"],
-        follower_momentum: float,
-        follower_schedule: Literal["constant", "cosine"],
     ) -> None:
-        super().__init__(backbone, projector, predictor, follower_momentum, follower_schedule)
+        super().__init__(backbone, projector, follower, predictor)
         if against not in ("runner", "follower"):
             raise ValueError(f"against must be 'runner' or 'follower', got {against!r}")
         self.against = against

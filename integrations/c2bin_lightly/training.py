@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -26,9 +25,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Unpack
 
 from c2bin_ext import C2BINLoss, C2BINObjective
-from c2bin_ext._hosts import labelled, seed_epoch, two_views
+from c2bin_ext._hosts import labelled, seed_epoch, steps_of, steps_of_epoch, two_views
 from c2bin_ext.monitoring import ClusterMonitor, warn_if_more_clusters_than_images
-from c2bin_lightly.methods import BYOLMethod, C2BINMethod, Method, MoCoV2Method, SimCLRMethod
+from c2bin_lightly.methods import (
+    BYOLMethod,
+    C2BINMethod,
+    Follower,
+    Method,
+    MoCoV2Method,
+    SimCLRMethod,
+)
 
 __all__ = ["BYOL", "C2BIN", "MoCoV2", "Optimization", "SimCLR", "Trained", "trained_by_decay"]
 
@@ -72,21 +78,6 @@ def trained_by_decay(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], 
     )
 
 
-def steps_of(trainer: Trainer) -> int | None:
-    """Return how many optimiser steps the run has at most; None if nothing says so."""
-    steps = trainer.estimated_stepping_batches
-    # Lightning's words for not knowing: infinity, or -1 with a loader that has no length.
-    return int(steps) if 0 <= steps < math.inf else None
-
-
-def steps_of_epoch(trainer: Trainer) -> int | None:
-    """Return the optimiser steps of an epoch; None with a loader that has no length."""
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
-    batches = trainer.num_training_batches
-    return None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
-
-
 class _ClusterScores(Callback):
     """Shows the validation images to the module's monitor and logs the scores of its heads."""
 
@@ -95,9 +86,8 @@ class _ClusterScores(Callback):
     ) -> None:
         """Say so, once, when a head has more clusters than the global batch has images."""
         if batch_idx == 0 and trainer.current_epoch == 0 and trainer.is_global_zero:
-            warn_if_more_clusters_than_images(
-                module.monitor.num_clusters, len(two_views(batch)[0]) * trainer.world_size
-            )
+            images = len(two_views(batch)[0]) * trainer.world_size
+            warn_if_more_clusters_than_images(module.monitor.num_clusters, images)
 
     def on_validation_epoch_start(self, trainer: Trainer, module: Any) -> None:
         """Start the scores of a pass through the validation images."""
@@ -112,10 +102,10 @@ class _ClusterScores(Callback):
         outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        loader: int = 0,
     ) -> None:
         """Count the images of the last loader; `outputs` are their features, if at hand."""
-        if dataloader_idx != self._watched:
+        if loader != self._watched:
             return
         images, labels = labelled(batch)
         method: C2BINMethod = module.method
@@ -159,7 +149,7 @@ class Trained(LightningModule):
     method: Method
     monitor: ClusterMonitor | None = None
 
-    def wrap(self, method: Method, optimization: Optimization) -> None:
+    def wrap(self, method: Method, optimization: Mapping[str, Any]) -> None:
         """Take the method and how to optimise it; the last line of every constructor."""
         unknown = sorted(set(optimization) - set(_DEFAULTS))
         if unknown:
@@ -167,10 +157,8 @@ class Trained(LightningModule):
                 f"{type(self).__name__} got unknown arguments {unknown}; known: {sorted(_DEFAULTS)}"
             )
         options: dict[str, Any] = {**_DEFAULTS, **optimization}
-        for key, known in (
-            ("optimizer", ("sgd", "lars", "adam")),
-            ("schedule", ("cosine", "constant")),
-        ):
+        choices = {"optimizer": ("sgd", "lars", "adam"), "schedule": ("cosine", "constant")}
+        for key, known in choices.items():
             if options[key] not in known:
                 raise ValueError(f"{key} must be one of {known}, got {options[key]!r}")
         # A module in the hyperparameters would store the weights twice, and any object but plain
@@ -180,8 +168,9 @@ class Trained(LightningModule):
         self.method = method
         if isinstance(method, C2BINMethod):
             self.monitor = ClusterMonitor(method.cluster_head.num_clusters)
-        self._register_state_dict_hook(_short_names)
-        self._register_load_state_dict_pre_hook(_long_names, with_module=True)
+        module: Any = self
+        module._register_state_dict_hook(_short_names)
+        module._register_load_state_dict_pre_hook(_long_names, with_module=True)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -235,20 +224,16 @@ class Trained(LightningModule):
 
     def log_losses(self, losses: dict[str, Tensor], batch_size: int) -> None:
         """Log the means over an epoch, under `train_`; nothing is read before its end."""
-        self.log_dict(
-            {f"train_{name}": value.detach() for name, value in losses.items()},
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=batch_size,
-        )
+        named = {f"train_{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the runner, then move the follower."""
         # Here and not in training_step: under gradient accumulation the follower moves once per
         # optimiser step.
         super().optimizer_step(*args, **kwargs)
-        self.method.move_follower(self.trainer.global_step, steps_of(self.trainer))
+        trainer = self.trainer
+        self.method.move_follower(lambda: (trainer.global_step, steps_of(trainer, "γ")))
 
     def learning_rate(self) -> float:
         """Return the learning rate of the whole global batch."""
@@ -261,11 +246,7 @@ class Trained(LightningModule):
         return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
 
     def configure_optimizers(self) -> Any:
-        """Return the optimiser of the trainable parameters and its step-wise schedule.
-
-        Raises:
-            ValueError: If a schedule needs a length that the run does not have.
-        """
+        """Return the optimiser, and its schedule, which may need a run whose length is known."""
         options = self.optimization
         groups = self.parameter_groups()
         common = {"lr": self.learning_rate(), "weight_decay": options["weight_decay"]}
@@ -275,35 +256,19 @@ class Trained(LightningModule):
         else:
             kind = LARS if options["optimizer"] == "lars" else torch.optim.SGD
             optimizer = kind(groups, momentum=options["momentum"], **common)
-        schedule = self._schedule(optimizer)
+        schedule = self._schedule(optimizer, self.trainer, options)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        steps, options = steps_of(self.trainer), self.optimization
-        kinds = {
-            "schedule": options["schedule"],
-            "follower_schedule": self.method.follower_schedule,
-        }
-        for name, kind in kinds.items():
-            if kind == "cosine" and steps is None:
-                raise ValueError(
-                    f"{name}: 'cosine' expected a run whose number of steps is known, got "
-                    f"max_epochs={self.trainer.max_epochs} and max_steps="
-                    f"{self.trainer.max_steps} with {self.trainer.num_training_batches} batches "
-                    f"an epoch; give the Trainer max_steps, or {name}='constant'"
-                )
+    def _schedule(self, optimizer: Any, trainer: Trainer, options: dict[str, Any]) -> Any:
         warmup = 0
+        if self.method.follower_schedule == "cosine":
+            steps_of(trainer, "follower_schedule='cosine'")  # needs them after each step
         if options["warmup_epochs"]:
-            epoch = steps_of_epoch(self.trainer)
-            if epoch is None:
-                raise ValueError(
-                    f"warmup_epochs: expected 0, as a training loader without length leaves open "
-                    f"how many steps an epoch has, got {options['warmup_epochs']}; an integer "
-                    "limit_train_batches gives it one"
-                )
-            warmup = round(options["warmup_epochs"] * epoch)
-        if options["schedule"] == "constant" or steps is None:
+            name = f"warmup_epochs={options['warmup_epochs']}"
+            warmup = round(options["warmup_epochs"] * steps_of_epoch(trainer, name))
+        if options["schedule"] == "constant":
             return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)))
+        steps = steps_of(trainer, "schedule='cosine'")
         return CosineWarmupScheduler(
             optimizer, warmup_epochs=min(steps, warmup), max_epochs=steps, end_value=0.001
         )
@@ -349,12 +314,7 @@ class MoCoV2(Trained):
     """MoCo v2: negatives come from a queue of the follower's projections (Chen et al., 2020).
 
     Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten
-            to (n, feature_dim).
-        feature_dim: Length of one feature vector.
-        hidden_dim: Width of the projector's hidden layer.
-        projection_dim: Length of a projection.
-        temperature: Divides the cosine similarities.
+        backbone, feature_dim, hidden_dim, projection_dim, temperature: As in `SimCLR`.
         queue_size: Projections kept as negatives. Much more than the data set holds makes every
             image its own negative.
         symmetric: Let each view be the query once, as lightly's CIFAR-10 benchmark does; False is
@@ -362,13 +322,6 @@ class MoCoV2(Trained):
         follower_momentum: γ of Eq. 8.
         follower_schedule: `"constant"`, or `"cosine"` from γ to 1 over the run.
         **optimization: See `Optimization`.
-
-    Examples:
-        >>> from torch import nn
-        >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
-        >>> model = MoCoV2(backbone, feature_dim=8, queue_size=64)
-        >>> model(torch.rand(5, 3, 2, 2)).shape
-        torch.Size([5, 8])
     """
 
     def __init__(
@@ -387,32 +340,19 @@ class MoCoV2(Trained):
     ) -> None:
         super().__init__()
         projector = MoCoProjectionHead(feature_dim, hidden_dim, projection_dim)
-        bank = (queue_size, projection_dim)
-        criterion = NTXentLoss(temperature=temperature, memory_bank_size=bank)
-        method = MoCoV2Method(
-            backbone, projector, criterion, symmetric, follower_momentum, follower_schedule
-        )
+        criterion = NTXentLoss(temperature, memory_bank_size=(queue_size, projection_dim))
+        follower = Follower(follower_momentum, follower_schedule)
+        method = MoCoV2Method(backbone, projector, follower, criterion, symmetric)
         self.wrap(method, optimization)
-
-
-def _byol_heads(feature_dim: int, hidden_dim: int, projection_dim: int) -> tuple[nn.Module, ...]:
-    return (
-        BYOLProjectionHead(feature_dim, hidden_dim, projection_dim),
-        BYOLPredictionHead(projection_dim, hidden_dim, projection_dim),
-    )
 
 
 class BYOL(Trained):
     """BYOL: predict the follower's projection of the other view; no negatives (Grill et al., 2020).
 
     Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten
-            to (n, feature_dim).
-        feature_dim: Length of one feature vector.
+        backbone, feature_dim, projection_dim: As in `SimCLR`.
         hidden_dim: Width of the hidden layer of projector and predictor.
-        projection_dim: Length of a projection.
-        follower_momentum: γ of Eq. 8.
-        follower_schedule: `"constant"`, or `"cosine"` from γ to 1 over the run.
+        follower_momentum, follower_schedule: As in `MoCoV2`.
         **optimization: See `Optimization`.
 
     Examples:
@@ -436,8 +376,10 @@ class BYOL(Trained):
         **optimization: Unpack[Optimization],
     ) -> None:
         super().__init__()
-        heads = _byol_heads(feature_dim, hidden_dim, projection_dim)
-        method = BYOLMethod(backbone, *heads, follower_momentum, follower_schedule)
+        projector = BYOLProjectionHead(feature_dim, hidden_dim, projection_dim)
+        predictor = BYOLPredictionHead(projection_dim, hidden_dim, projection_dim)
+        follower = Follower(follower_momentum, follower_schedule)
+        method = BYOLMethod(backbone, projector, follower, predictor)
         self.wrap(method, optimization)
 
 
@@ -456,9 +398,7 @@ class C2BIN(Trained):
     validation loaders the last one counts: lightly puts the bank of its kNN before it.
 
     Args:
-        backbone: Any module that maps images (n, channels, height, width) to features that flatten
-            to (n, feature_dim).
-        feature_dim: Length of one feature vector.
+        backbone, feature_dim, hidden_dim, projection_dim: As in `BYOL`.
         num_clusters: K of each head.
         normalize: L2-normalise features for the heads, see `MultiScaleClusterHead`, which trains
             better; not in the paper.
@@ -468,10 +408,7 @@ class C2BIN(Trained):
         against: What a view's assignments are contrasted with: those of the other view from the
             features of the `"follower"`, without gradient, which trains better; or of the
             `"runner"`, as in the paper.
-        hidden_dim: As in `BYOL`, and so the rest.
-        projection_dim: Length of a projection.
-        follower_momentum: γ of Eq. 8.
-        follower_schedule: `"constant"`, or `"cosine"` from γ to 1 over the run.
+        follower_momentum, follower_schedule: As in `MoCoV2`.
         **optimization: See `Optimization`.
 
     Examples:
@@ -481,6 +418,8 @@ class C2BIN(Trained):
         >>> [tuple(p.shape) for p in model.assignments(torch.rand(5, 3, 2, 2))]
         [(5, 4), (5, 6)]
     """
+
+    method: C2BINMethod
 
     def __init__(
         self,
@@ -498,19 +437,17 @@ class C2BIN(Trained):
         **optimization: Unpack[Optimization],
     ) -> None:
         super().__init__()
-        heads = _byol_heads(feature_dim, hidden_dim, projection_dim)
+        projector = BYOLProjectionHead(feature_dim, hidden_dim, projection_dim)
+        predictor = BYOLPredictionHead(projection_dim, hidden_dim, projection_dim)
         # Over one process gathering does nothing.
         objective = C2BINObjective(
             feature_dim, num_clusters, normalize=normalize, gather_distributed=True
         )
         if loss is not None:
             objective.loss = loss
-        method = C2BINMethod(
-            backbone, *heads, objective, against, follower_momentum, follower_schedule
-        )
+        follower = Follower(follower_momentum, follower_schedule)
+        method = C2BINMethod(backbone, projector, follower, predictor, objective, against)
         self.wrap(method, optimization)
 
-    def validation_step(
-        self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Take `(images, labels, ...)`, of which the heads' scores are logged after the pass."""
