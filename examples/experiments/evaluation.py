@@ -37,6 +37,22 @@ class LinearProbe(NamedTuple):
     held_out_accuracy: float
 
 
+def _check(name: str, given: Features, labelled: bool = True) -> None:
+    """Refuse what no score can be computed of."""
+    if not bool(torch.isfinite(given.features).all()):
+        bad = int((~torch.isfinite(given.features)).any(dim=1).sum())
+        raise ValueError(
+            f"{name}: expected finite features, got NaN or infinite ones in {bad} of "
+            f"{len(given.features)} rows"
+        )
+    unlabelled = int((given.labels < 0).sum()) if labelled else 0
+    if unlabelled:
+        raise ValueError(
+            f"{name}: expected a class, 0 or more, for every image, got {unlabelled} of "
+            f"{len(given.labels)} below 0; leave unlabelled images out"
+        )
+
+
 @torch.no_grad()
 def extract(
     model: nn.Module,
@@ -98,7 +114,7 @@ def knn_accuracy(
         Accuracy in [0, 1].
 
     Raises:
-        ValueError: If k < 1.
+        ValueError: If k < 1, a feature is not finite or an image is unlabelled (below 0).
 
     Examples:
         >>> bank = Features(torch.eye(2), torch.tensor([0, 1]))
@@ -108,6 +124,8 @@ def knn_accuracy(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    _check("train", train)
+    _check("test", test)
     bank = normalize(train.features, dim=1).t().contiguous()
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     right = 0
@@ -155,7 +173,7 @@ def linear_probe(
         learning rate).
 
     Raises:
-        ValueError: If `lrs` is empty.
+        ValueError: If `lrs` is empty, a feature is not finite or an image is unlabelled (below 0).
 
     Examples:
         >>> both = Features(torch.eye(2).repeat(8, 1), torch.arange(2).repeat(8))
@@ -164,6 +182,8 @@ def linear_probe(
     """
     if not lrs:
         raise ValueError("lrs is empty: give at least one learning rate")
+    _check("train", train)
+    _check("test", test)
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
 
     def fit(bank: Features, lr: float) -> nn.Linear:
@@ -218,6 +238,9 @@ def kmeans(train: Features, test: Features, k: int, restarts: int = 5, seed: int
     Returns:
         Clusters int64 (m,), on the CPU.
 
+    Raises:
+        ValueError: If a feature is not finite.
+
     Examples:
         >>> corners = Features(torch.eye(2).repeat(4, 1), torch.arange(2).repeat(4))
         >>> kmeans(corners, corners, k=2).bincount().tolist()
@@ -225,6 +248,8 @@ def kmeans(train: Features, test: Features, k: int, restarts: int = 5, seed: int
     """
     from sklearn.cluster import KMeans
 
+    _check("train", train, labelled=False)
+    _check("test", test, labelled=False)
     model = KMeans(n_clusters=k, n_init=restarts, random_state=seed)
     model.fit(normalize(train.features, dim=1).cpu().numpy())
     return torch.from_numpy(model.predict(normalize(test.features, dim=1).cpu().numpy())).long()
@@ -234,7 +259,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> dict[str, float]:
     """Return how well clusters agree with labels.
 
     Args:
-        labels: Classes, int (n,).
+        labels: Classes, int (n,); images below 0 are unlabelled and count in `in_use` only.
         clusters: Clusters, int (n,).
 
     Returns:
