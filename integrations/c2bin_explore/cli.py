@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import sys
@@ -26,6 +25,7 @@ from c2bin_explore import analysis, training
 from c2bin_explore import images as files
 from c2bin_explore import page as pages
 from c2bin_explore.images import ExploreError, shown
+from c2bin_ext._hosts import whole_file
 
 __all__ = ["main"]
 
@@ -162,8 +162,8 @@ def _run(args: argparse.Namespace) -> None:
             (out / f"{name}.parquet").unlink(missing_ok=True)
     named = [(shown(path), shown(reason)) for path, reason in skipped]
     analysis.write_csv(out / _SKIPPED, ["file", "reason"], lambda: iter(named))
-    training.save(model, settings, out / f"{_MODEL}.part")
-    os.replace(out / f"{_MODEL}.part", out / _MODEL)
+    with whole_file(out / _MODEL) as part:
+        training.save(model, settings, part)
     described = _described(settings, len(images.paths), len(skipped), kind, loaded is not None)
     text = pages.page(
         result,
@@ -174,9 +174,8 @@ def _run(args: argparse.Namespace) -> None:
         title,
         pages.relative_link(folder, out),
     )
-    part = out / f"{_PAGE}.part"
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, out / _PAGE)
+    with whole_file(out / _PAGE) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
     shutil.rmtree(unfinished)
     _report(out, result)
 
@@ -223,9 +222,8 @@ def _begin(args: argparse.Namespace, out: Path, folder: Path, paths: Sequence[st
             )
         state.unlink()
     unfinished.mkdir(parents=True, exist_ok=True)
-    part = record.with_suffix(".part")
-    part.write_text(json.dumps(run), encoding="utf-8")
-    os.replace(part, record)
+    with whole_file(record) as part:
+        part.write_text(json.dumps(run), encoding="utf-8")
     return unfinished
 
 
