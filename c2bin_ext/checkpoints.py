@@ -46,7 +46,9 @@ def load_backbone(
         TypeError: If an argument has the wrong type.
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read as a checkpoint, if no weight starts with `prefix`,
-            or if weights are missing, unexpected or of another shape. The message lists them.
+            or if weights are missing, unexpected or of another shape. The message lists them, and
+            the prefixes that would fit: `torch.compile` and data-parallel wrappers put
+            `"_orig_mod."` and `"module."` into the names.
 
     Examples:
         >>> from torch import nn
@@ -69,13 +71,13 @@ def load_backbone(
     found = {
         name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)
     }
+    wanted = backbone.state_dict()
     if not found:
         starts = sorted({name.partition(".")[0] + "." for name in weights})
         raise ValueError(
             f"checkpoint: expected weights whose names start with {prefix!r}, "
-            f"got names that start with {_list(starts)}"
+            f"got names that start with {_list(starts)}{_advice(weights, wanted)}"
         )
-    wanted = backbone.state_dict()
     shapes = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(value.shape)}"
         for name, value in wanted.items()
@@ -90,7 +92,7 @@ def load_backbone(
     if listed:
         raise ValueError(
             f"checkpoint: the weights under {prefix!r} do not fit the backbone, "
-            f"{type(backbone).__name__}; " + "; ".join(listed)
+            f"{type(backbone).__name__}; " + "; ".join(listed) + _advice(weights, wanted)
         )
     backbone.load_state_dict(found)
     return backbone
@@ -127,6 +129,21 @@ def _weights(
             f"checkpoint: expected a mapping under 'state_dict', got {type(state).__name__}"
         )
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _advice(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> str:
+    """Name the prefixes under which the checkpoint holds just the weights wanted."""
+    shapes = {name: value.shape for name, value in wanted.items() if isinstance(value, Tensor)}
+    if not shapes:
+        return ""
+    first = next(iter(shapes))
+    ends = [name[: -len(first)] for name in weights if name.endswith(first)]
+    fitting = [
+        repr(start)
+        for start in ends
+        if {n[len(start) :]: v.shape for n, v in weights.items() if n.startswith(start)} == shapes
+    ]
+    return f"; it would fit with prefix={' or '.join(fitting)}" if fitting else ""
 
 
 def _list(names: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from c2bin_ext import _checks, metrics
+from c2bin_ext._hosts import described
 from c2bin_ext.distributed import world_size
 
 __all__ = ["ClusterMonitor", "warn_if_more_clusters_than_images"]
@@ -25,6 +26,7 @@ __all__ = ["ClusterMonitor", "warn_if_more_clusters_than_images"]
 # share of log K about an image, has collapsed. A trained head is far from both.
 _LEAST_USE = 0.1
 _LEAST_INFORMATION = 0.01
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class _Seen(NamedTuple):
@@ -105,7 +107,7 @@ class ClusterMonitor:
         labels: Tensor,
         other_view: Sequence[Tensor] | None = None,
     ) -> None:
-        """Take in a batch; reads no value, so that it never waits for a GPU.
+        """Take in a batch; after a pass's first batch it reads no value, so waits for no GPU.
 
         Args:
             assignments: Each head's soft assignments, shape (n, K), rows sum to 1.
@@ -113,19 +115,25 @@ class ClusterMonitor:
             other_view: Each head's assignments of the same images in another view.
 
         Raises:
-            TypeError: If a tensor has the wrong dtype.
-            ValueError: If the number of heads or a shape is not what was expected, or a second view
-                was given for some batches and not for others.
+            TypeError: If the labels are no tensor.
+            ValueError: If the number of heads, a shape or the labels' dtype is not what was
+                expected, rows of the first batch are not finite or do not sum to 1, or a second
+                view was given for some batches and not for others.
         """
-        n = len(labels)
-        self._check("assignments", assignments, n)
-        if other_view is not None:
-            self._check("other_view", other_view, n)
-        if labels.ndim != 1 or labels.is_floating_point():
-            raise ValueError(
-                f"labels: expected integers of shape (n,), got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}"
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                "labels: expected a tensor of integers (n,), below zero if unlabelled, got "
+                f"{described(labels)}"
             )
+        if labels.ndim != 1 or labels.dtype not in _INTEGERS:
+            raise ValueError(
+                f"labels: expected integers of shape (n,), below zero if unlabelled, got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        n = len(labels)
+        for name, given in (("assignments", assignments), ("other_view", other_view)):
+            if given is not None:
+                self._check(name, given, n)
         if self._labels and bool(self._others[0]) != (other_view is not None):
             raise ValueError(
                 "other_view: expected for every batch of a pass or for none, got a mixture"
@@ -152,6 +160,9 @@ class ClusterMonitor:
         Returns:
             Scores by name, the same on every rank; empty when no rank saw an image.
 
+        Raises:
+            ValueError: If assignments of a head were not finite; on all ranks.
+
         Examples:
             >>> ClusterMonitor([3]).compute()
             {}
@@ -165,6 +176,7 @@ class ClusterMonitor:
         for head, k in enumerate(self.num_clusters):
             clusters = torch.cat([part.clusters[head] for part in parts])
             mean = torch.stack([part.masses[head] for part in parts]).sum(dim=0) / len(labels)
+            _checks.validate_finite(f"mean assignment of head {head} of {k} clusters", mean)
             result: dict[str, float] = {}
             if bool((labels >= 0).any()):
                 result["nmi"] = metrics.normalized_mutual_information(labels, clusters)
@@ -194,6 +206,9 @@ class ClusterMonitor:
             raise ValueError(
                 f"{name}: expected one tensor per head of shapes {expected}, got {shapes}"
             )
+        if n and not self._labels:
+            for head, (k, rows) in enumerate(zip(self.num_clusters, assignments, strict=True)):
+                _checks.validate_assignments(f"{name} of head {head} of {k} clusters", rows)
 
     def _local(self) -> _Seen | None:
         if not self._labels:

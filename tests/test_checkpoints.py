@@ -109,10 +109,27 @@ def test_an_empty_checkpoint() -> None:
 
 def test_no_backbone_in_the_checkpoint() -> None:
     content = checkpoint(network(), prefix="encoder.")
-    with pytest.raises(
-        ValueError, match=r"start with 'backbone.', got .* cluster_head., encoder.$"
-    ):
+    with pytest.raises(ValueError, match=r"start with 'backbone.', got .* encoder.; it would fit"):
         load_backbone(content, network())
+
+
+@pytest.mark.parametrize(
+    "inside", ["_orig_mod.backbone.", "module.backbone.", "backbone._orig_mod.", "backbone.module."]
+)
+def test_a_wrapped_model_s_prefix_is_named(inside: str) -> None:
+    trained = network()
+    content = checkpoint(trained, prefix=inside)
+    content["state_dict"].update(checkpoint(network(5), inside + "other.")["state_dict"])
+    with pytest.raises(ValueError, match=r"checkpoint: .*backbone\.") as caught:
+        load_backbone(content, network())
+    assert "would fit" not in str(caught.value)  # there is more than the backbone under it
+    content = checkpoint(trained, prefix=inside)
+    content["state_dict"].update(checkpoint(network(), "_orig_mod.follower.")["state_dict"])
+    with pytest.raises(ValueError, match="it would fit with prefix=") as caught:
+        load_backbone(content, network())
+    for prefix in (inside, "_orig_mod.follower."):
+        assert repr(prefix) in str(caught.value)
+    assert same(load_backbone(content, network(), prefix=inside), trained)
 
 
 class Settings:

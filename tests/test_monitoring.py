@@ -263,12 +263,42 @@ def test_more_clusters_than_images_in_a_batch() -> None:
         (lambda a, y: (a, y, a[:1]), "other_view: expected one tensor per head of shapes"),
         (lambda a, y: (a, y.float()), "labels: expected integers of shape"),
         (lambda a, y: (a, y[:, None]), "labels: expected integers of shape"),
+        (lambda a, y: (a, y > 0), r"labels: expected integers .* got torch.bool of shape \(23,\)"),
+        (
+            lambda a, y: ([a[0], a[1] * torch.nan], y),
+            "assignments of head 1 of 5 clusters: expected finite values, got 115 NaN",
+        ),
+        (
+            lambda a, y: (a, y, [a[0] / 0, a[1]]),
+            "other_view of head 0 of 3 clusters: expected finite values",
+        ),
+        (
+            lambda a, y: ([a[0], a[1].log()], y),
+            "assignments of head 1 of 5 clusters: expected va",
+        ),
+        (lambda a, y: ([2 * a[0], a[1]], y), "assignments of head 0 of 3 .* rows that sum to 1"),
     ],
 )
 def test_wrong_input(change: Any, message: str) -> None:
     view, _, labels = data()
     with pytest.raises(ValueError, match=message):
         ClusterMonitor(HEADS).update(*change(view, labels))
+
+
+@pytest.mark.parametrize("labels", [("cat", "dog"), ["cat"] * 23, [0] * 23, None])
+def test_labels_that_are_no_tensor(labels: Any) -> None:
+    view, _, _ = data()
+    with pytest.raises(TypeError, match=r"labels: expected a tensor of integers \(n,\), .* got "):
+        ClusterMonitor(HEADS).update(view, labels)
+
+
+def test_nan_in_a_later_batch_names_the_head() -> None:
+    view, _, labels = data()
+    monitor = ClusterMonitor(HEADS)
+    monitor.update(view, labels)
+    monitor.update([view[0], view[1] * torch.nan], labels)
+    with pytest.raises(ValueError, match="mean assignment of head 1 of 5 clusters: expected finit"):
+        monitor.compute()
 
 
 def test_a_second_view_now_and_then_is_an_error() -> None:

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from _chromium import Browser, missing
-from c2bin_lightly import _explore_analysis as analysis
-from c2bin_lightly import _explore_images as files
-from c2bin_lightly import _explore_page as pages
+from c2bin_explore import analysis
+from c2bin_explore import images as files
+from c2bin_explore import page as pages
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 

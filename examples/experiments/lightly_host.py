@@ -30,7 +30,7 @@ from typing import Any
 
 import c2bin_lightly
 import torch
-from c2bin_lightly.backbones import backbone
+from c2bin_explore.backbones import backbone
 from c2bin_lightly.benchmark import TABLE_7
 from lightly.data import LightlyDataset
 from lightly.transforms import SimCLRTransform

@@ -1,12 +1,7 @@
 """C2BIN for lightly: its baselines and C2BIN as LightningModules over any backbone.
 
-lightly's pip package has the building blocks (heads, losses, momentum update, LARS, schedules) and
-leaves the methods to its benchmark scripts. This package puts the blocks together: `SimCLR`,
-`MoCoV2`, `BYOL` and `C2BIN`, which is BYOL plus cluster heads. `c2bin_lightly.evaluate` scores
-frozen features with lightly's kNN, a linear probe and k-means.
-
-For lightly's own benchmarks there are `register` and `python -m c2bin_lightly` (the ImageNet
-scripts) and the four methods as BenchmarkModules (the CIFAR-10 benchmark).
+lightly's pip package has the building blocks and leaves the methods to its benchmark scripts. For
+those there are `register` and `python -m c2bin_lightly` (ImageNet) and BenchmarkModules (CIFAR-10).
 """
 
 try:
@@ -15,7 +10,6 @@ except ImportError as error:
     raise ImportError('c2bin_lightly needs lightly: pip install "c2bin-ext[lightly]"') from error
 
 from c2bin_ext.checkpoints import load_backbone
-from c2bin_lightly import evaluate
 from c2bin_lightly.benchmark import (
     BYOLBenchmark,
     C2BINBenchmark,
@@ -25,7 +19,7 @@ from c2bin_lightly.benchmark import (
     register,
     transform,
 )
-from c2bin_lightly.methods import BYOL, C2BIN, MoCoV2, Optimization, SimCLR
+from c2bin_lightly.training import BYOL, C2BIN, MoCoV2, Optimization, SimCLR
 
 __all__ = [
     "BYOL",
@@ -38,7 +32,6 @@ __all__ = [
     "Optimization",
     "SimCLR",
     "SimCLRBenchmark",
-    "evaluate",
     "load_backbone",
     "register",
     "transform",

@@ -41,31 +41,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--num-clusters",
-        type=clusters,
-        metavar="K,K,...",
-        help="clusters of each head (default: 512,1024,2048, the paper's for ImageNet)",
-    )
-    parser.add_argument(
-        "--against",
-        choices=["runner", "follower"],
-        help="whose clusters C2BIN's are contrasted with (default: runner, as in the paper)",
-    )
-    parser.add_argument(
-        "--normalize",
-        action="store_true",
-        help="L2-normalised features for the heads (default: as they are, as in the paper)",
-    )
-    parser.add_argument(
-        "--no-online-knn",
-        action="store_true",
-        help="no kNN after every epoch, which costs C2BIN a pass over the training images",
-    )
-    parser.add_argument(
-        "script", type=Path, metavar="SCRIPT", help="main.py of a lightly ImageNet benchmark"
-    )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    add = parser.add_argument
+    add("--num-clusters", type=clusters, metavar="K,K,...", help="default: 512,1024,2048, Table 7")
+    add("--against", choices=["runner", "follower"], help="whose clusters (default: runner)")
+    add("--normalize", action="store_true", help="L2-normalised features for the heads")
+    add("--no-online-knn", action="store_true", help="saves a pass over the bank every epoch")
+    add("script", type=Path, metavar="SCRIPT", help="main.py of a lightly ImageNet benchmark")
+    add("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
     args = parser.parse_args(argv)
     if not args.script.is_file():
         parser.error(f"SCRIPT: there is no file {args.script}")

@@ -1,6 +1,6 @@
-"""C2BIN, and its baselines, in the form that lightly's benchmarks ask of a method.
+"""C2BIN and its baselines in the two forms that lightly's benchmarks ask of a method.
 
-lightly has two forms. Its ImageNet scripts (`benchmarks/imagenet/*/main.py` of its git repository)
+Its ImageNet scripts (`benchmarks/imagenet/*/main.py` of its git repository)
 build a method from `(batch_size_per_device, num_classes)`: `C2BINResNet50`, `transform` and
 `register`. Its CIFAR-10 benchmark derives from `lightly.utils.benchmarking.BenchmarkModule`, which
 is in the pip package: `SimCLRBenchmark`, `MoCoV2Benchmark`, `BYOLBenchmark`, `C2BINBenchmark`.
@@ -8,6 +8,7 @@ is in the pip package: `SimCLRBenchmark`, `MoCoV2Benchmark`, `BYOLBenchmark`, `C
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
 from c2bin_ext import C2BINLoss
-from c2bin_lightly.methods import BYOL, C2BIN, MoCoV2, SimCLR, trained_by_decay
+from c2bin_ext._hosts import check_scorable, labelled, two_views
+from c2bin_lightly.training import BYOL, C2BIN, MoCoV2, SimCLR, Trained, trained_by_decay
 
 __all__ = [
     "BYOLBenchmark",
@@ -50,10 +52,9 @@ class _OnlineKNN(KNNClassifier):  # type: ignore[misc]
 class C2BINResNet50(C2BIN):
     """C2BIN on ResNet-50 as lightly's ImageNet benchmark trains and evaluates it.
 
-    Backbone, projector, predictor, views, optimiser and momentum are those of that benchmark's
-    BYOL; the clusters and their weights are those of the paper's Table 7. Beside what `C2BIN` logs
-    it logs the metrics of lightly's online linear classifier and, when asked for, of its online
-    kNN.
+    All but the clusters and their weights, which are those of the paper's Table 7, is that of the
+    benchmark's BYOL. Beside what `C2BIN` logs it logs the metrics of lightly's online linear
+    classifier and, when asked for, of its online kNN.
 
     Args:
         batch_size_per_device: Images of a batch on one device; the learning rate is
@@ -64,8 +65,7 @@ class C2BINResNet50(C2BIN):
         knn_t: Temperature of the online kNN.
         num_clusters: K of each head.
         loss: The objective, if not that of Table 7. It is not stored in checkpoints.
-        normalize: As in `C2BIN`; by default as in the paper, like the rest of Table 7.
-        against: As in `C2BIN`; likewise.
+        normalize, against: As in `C2BIN`; by default as in the paper.
 
     Raises:
         ValueError: One of knn_k and knn_t without the other.
@@ -104,10 +104,8 @@ class C2BINResNet50(C2BIN):
             normalize=normalize,
             loss=C2BINLoss(**TABLE_7, gather_distributed=True) if loss is None else loss,
             against=against,
-            # Table 7 and lightly's BYOL alike.
-            hidden_dim=4096,
-            # lightly's BYOL; Table 7 does not say.
-            projection_dim=256,
+            hidden_dim=4096,  # Table 7 and lightly's BYOL alike
+            projection_dim=256,  # lightly's BYOL; Table 7 does not say
             # 0.99 in both; the cosine to 1 is lightly's, Table 7 has it constant.
             follower_momentum=0.99,
             follower_schedule="cosine",
@@ -125,20 +123,14 @@ class C2BINResNet50(C2BIN):
         self.online_classifier = OnlineLinearClassifier(feature_dim=2048, num_classes=num_classes)
         self.knn_classifier: _OnlineKNN | None = None
         if knn_k is not None:
-            self.knn_classifier = _OnlineKNN(
-                model=None,
-                num_classes=num_classes,
-                knn_k=knn_k,
-                knn_t=knn_t,
-                train_dataloader_idx=0,
-                val_dataloader_idx=1,
-            )
+            loaders = {"train_dataloader_idx": 0, "val_dataloader_idx": 1}
+            self.knn_classifier = _OnlineKNN(None, num_classes, knn_k, knn_t, **loaders)
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
-        """Take `((view0, view1), labels, ...)`; labels reach the online classifier alone."""
-        (view0, view1), labels = batch[0], batch[1]
-        branches = self.branches(view0, view1)
-        losses = self.objective(branches)
+        """Take `((view0, view1), labels, ...)`; labels reach only the online classifier."""
+        view0, view1 = two_views(batch, labelled=True)
+        labels, branches = batch[1], self.method.branches(view0, view1)
+        losses = self.method.objective(branches)
         online_loss, online = self.online_classifier.training_step(
             (branches.features[0].detach(), labels), batch_idx
         )
@@ -147,33 +139,25 @@ class C2BINResNet50(C2BIN):
         total: Tensor = losses["loss"] + online_loss
         return total
 
-    def validation_step(
-        self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take `(images, labels, ...)` of the kNN's bank (loader 0) or of the validation images."""
-        images, labels = batch[0], batch[1]
-        features = self(images)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the features of `(images, labels, ...)`, of the kNN's bank (loader 0) or not."""
+        images, labels = labelled(batch)
+        features: Tensor = self(images)
         scores: dict[str, Tensor] = {}
         if self.knn_classifier is not None:
             found = self.knn_classifier.validation_step(
                 (features, labels), batch_idx, dataloader_idx
             )
             if dataloader_idx == 0:
-                return
+                return features
             scores.update(found)
         scores.update(self.online_classifier.validation_step((features, labels), batch_idx)[1])
-        self.log_dict(
-            scores,
-            prog_bar=True,
-            sync_dist=True,
-            batch_size=len(labels),
-            add_dataloader_idx=False,
-        )
-        self.watch(images, labels, features)
+        shown: dict[str, Any] = {"prog_bar": True, "sync_dist": True, "add_dataloader_idx": False}
+        self.log_dict(scores, batch_size=len(labels), **shown)
+        return features
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of each head, and let go of the kNN's bank."""
-        super().on_validation_epoch_end()
+        """Let go of the kNN's bank."""
         if self.knn_classifier is not None:
             self.knn_classifier.reset_storage()
 
@@ -183,17 +167,12 @@ class C2BINResNet50(C2BIN):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return C2BIN's groups, and the online classifier's, which has no weight decay."""
-        trained = [
-            module
-            for module in self.children()
-            if module is not self.online_classifier and module is not self.knn_classifier
-        ]
-        decayed, undecayed = trained_by_decay(trained)
-        online = list(self.online_classifier.parameters())
+        decayed, undecayed = trained_by_decay([self.method])
+        online = {"name": "online_classifier", "params": [*self.online_classifier.parameters()]}
         return [
             {"name": "c2bin", "params": decayed},
             {"name": "c2bin_no_weight_decay", "params": undecayed, "weight_decay": 0.0},
-            {"name": "online_classifier", "params": online, "weight_decay": 0.0},
+            {**online, "weight_decay": 0.0},
         ]
 
 
@@ -225,36 +204,40 @@ def register(
         raise TypeError(f"register got unknown options {unknown}; known: {known}")
     if "c2bin" in methods:
         raise ValueError("methods: expected no entry 'c2bin', got one: it is registered already")
+    methods["c2bin"] = {"model": _registered(online_knn, options), "transform": transform}
 
+
+class _Registered(type(C2BINResNet50)):  # type: ignore[misc]
+    """The type of what `register` makes: a class that processes can send each other."""
+
+    made_by: tuple[bool, dict[str, Any]]
+
+
+copyreg.pickle(_Registered, lambda kind: (_registered, kind.made_by))
+
+
+def _registered(online_knn: bool, options: dict[str, Any]) -> _Registered:
     # The scripts look at the signature to see whether a method has an online kNN.
     # Those that have none, vitb16's and older ones, give no arguments for it.
-    class WithKNN(C2BINResNet50):
+    class WithoutKNN(C2BINResNet50, metaclass=_Registered):
+        made_by = online_knn, options
+
+        def __init__(self, batch_size_per_device: int, num_classes: int, **knn: Any) -> None:
+            super().__init__(batch_size_per_device, num_classes, **knn, **options)
+
+    class WithKNN(WithoutKNN):
         def __init__(
-            self,
-            batch_size_per_device: int,
-            num_classes: int,
-            knn_k: int | None = None,
-            knn_t: float | None = None,
+            self, batch_size_per_device: int, num_classes: int, knn_k: Any = None, knn_t: Any = None
         ) -> None:
-            super().__init__(batch_size_per_device, num_classes, knn_k, knn_t, **options)
+            super().__init__(batch_size_per_device, num_classes, knn_k=knn_k, knn_t=knn_t)
 
-    class WithoutKNN(C2BINResNet50):
-        def __init__(self, batch_size_per_device: int, num_classes: int) -> None:
-            super().__init__(batch_size_per_device, num_classes, **options)
-
-    methods["c2bin"] = {"model": WithKNN if online_knn else WithoutKNN, "transform": transform}
+    return WithKNN if online_knn else WithoutKNN
 
 
-class _Bank(BenchmarkModule):  # type: ignore[misc]
-    """lightly's BenchmarkModule, constructed without arguments so that it can be a further base."""
+class _Benchmark(Trained, BenchmarkModule):  # type: ignore[misc]
+    """A method as a BenchmarkModule: ours trains it, lightly's validates it."""
 
-    def __init__(self) -> None:
-        super().__init__(dataloader_kNN=None, num_classes=0)
-
-
-class _Benchmark:
-    """What turns a method into a BenchmarkModule; stands before the method among the bases."""
-
+    form: type[Trained]  # which names the method's arguments
     max_accuracy: float
 
     def __init__(
@@ -265,11 +248,28 @@ class _Benchmark:
         knn_t: float = 0.1,
         **method: Any,
     ) -> None:
-        super().__init__(**method)
-        self.dataloader_kNN = dataloader_kNN
-        self.num_classes = num_classes
-        self.knn_k = knn_k
-        self.knn_t = knn_t
+        super().__init__(dataloader_kNN, num_classes, knn_k, knn_t)
+        del self.backbone  # lightly's placeholder
+        built = self.form(**method)
+        self.wrap(built.method, built.optimization)
+
+    def on_validation_epoch_start(self) -> None:
+        """Fill the kNN's bank, which needs a class for each image."""
+        super().on_validation_epoch_start()
+        check_scorable("dataloader_kNN", self._train_features, self._train_targets)
+
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
+        """Take `(images, labels, names)`; each image needs a class."""
+        images, labels = labelled(batch)
+        check_scorable("validation images", images, labels)
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy; that of the sanity check's few images is not the best so far."""
+        best = self.max_accuracy
+        super().on_validation_epoch_end()
+        if self.trainer.sanity_checking:
+            self.max_accuracy = best
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the best accuracy so far, which lightly would start anew in a resumed run."""
@@ -280,8 +280,11 @@ class _Benchmark:
         self.max_accuracy = checkpoint["max_accuracy"]
 
 
-class SimCLRBenchmark(_Benchmark, SimCLR, _Bank):
+class SimCLRBenchmark(_Benchmark):
     """SimCLR as a BenchmarkModule: lightly's kNN accuracy after every epoch, its best kept.
+
+    As lightly has it, `max_accuracy` is a share in [0, 1] and the logged `kNN_accuracy` is in
+    percent.
 
     Args:
         dataloader_kNN: Batches `(images, labels, names)` of the training images without
@@ -299,17 +302,25 @@ class SimCLRBenchmark(_Benchmark, SimCLR, _Bank):
         0.0
     """
 
+    form = SimCLR
 
-class MoCoV2Benchmark(_Benchmark, MoCoV2, _Bank):
+
+class MoCoV2Benchmark(_Benchmark):
     """MoCo v2 as a BenchmarkModule: see `SimCLRBenchmark` and `MoCoV2` for the arguments."""
 
+    form = MoCoV2
 
-class BYOLBenchmark(_Benchmark, BYOL, _Bank):
+
+class BYOLBenchmark(_Benchmark):
     """BYOL as a BenchmarkModule: see `SimCLRBenchmark` and `BYOL` for the arguments."""
 
+    form = BYOL
 
-class C2BINBenchmark(_Benchmark, C2BIN, _Bank):
+
+class C2BINBenchmark(_Benchmark):
     """C2BIN as a BenchmarkModule: see `SimCLRBenchmark` and `C2BIN` for the arguments.
 
     Beside `kNN_accuracy` it logs the scores of each head, see `C2BIN`.
     """
+
+    form = C2BIN

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
@@ -16,9 +13,9 @@ from solo.methods.base import BaseMethod
 from solo.methods.byol import BYOL
 from solo.utils.misc import omegaconf_select
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from c2bin_ext import C2BINObjective, MultiScaleClusterHead
+from c2bin_ext._hosts import described, seed_epoch, steps_of, whole_file
 from c2bin_ext.functional import bootstrap_alignment_loss
 from c2bin_ext.monitoring import ClusterMonitor, warn_if_more_clusters_than_images
 
@@ -48,9 +45,8 @@ class _WholeFiles(TorchCheckpointIO):  # type: ignore[misc]
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        part = f"{path}.part"
-        super().save_checkpoint(checkpoint, part, storage_options)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            super().save_checkpoint(checkpoint, str(part), storage_options)
 
 
 class C2BIN(BYOL):  # type: ignore[misc]
@@ -78,7 +74,8 @@ class C2BIN(BYOL):  # type: ignore[misc]
 
     Raises:
         TypeError: An entry of `method_kwargs` of the wrong type.
-        ValueError: An entry of `method_kwargs` that is unknown or out of range.
+        ValueError: An entry of `method_kwargs` that is unknown or out of range, or large crops that
+            are not two.
 
     Examples:
         >>> from c2bin_solo import C2BIN
@@ -93,6 +90,11 @@ class C2BIN(BYOL):  # type: ignore[misc]
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
+        if self.num_large_crops != 2:
+            raise ValueError(
+                "data.num_large_crops: expected 2, the two views whose clusters are contrasted, "
+                f"got {self.num_large_crops}"
+            )
         kwargs = _plain(self.cfg.method_kwargs)
         self.objective = C2BINObjective(
             self.features_dim, **{name: kwargs[name] for name in _OBJECTIVE}
@@ -166,15 +168,25 @@ class C2BIN(BYOL):  # type: ignore[misc]
         Returns:
             A 0-dim loss.
         """
+        if (
+            len(batch) != 3
+            or not isinstance(batch[1], (list, tuple))
+            or len(batch[1]) != self.num_crops
+        ):
+            raise ValueError(
+                f"training batch: expected [indices, {self.num_crops} crops, labels], each crop "
+                f"(n, channels, height, width), labels -1 if unlabelled; got {described(batch)}"
+            )
         # The grandparent's: BYOL's own would add BYOL's loss.
         out = super(BYOL, self).training_step(batch, batch_idx)
         predictions, targets = out["p"], out["momentum_z"]
-        against_follower = self.cfg.method_kwargs.against == "follower"
-        terms = self.objective(
-            predictions[:2],
-            targets,
-            out["feats"][:2],
-            target_features=out["momentum_feats"] if against_follower else None,
+        fixed = None
+        if self.cfg.method_kwargs.against == "follower":
+            with torch.no_grad():
+                fixed = [self.cluster_head(features) for features in out["momentum_feats"]]
+        # The objective's own call, with the assignments that `forward` made.
+        terms = self.objective.loss(
+            predictions[:2], targets, out["assignments"], target_assignments=fixed
         )
         alignment = terms.alignment
         small = predictions[self.num_large_crops :]
@@ -218,6 +230,10 @@ class C2BIN(BYOL):  # type: ignore[misc]
     def on_train_start(self) -> None:
         """Put solo-learn's momentum schedule where a resumed run left it."""
         super().on_train_start()
+        updater = self.momentum_updater
+        if updater.base_tau != updater.final_tau:
+            # With a run of unknown length solo-learn's schedule stands still or swings.
+            steps_of(self.trainer, "momentum.final_tau, which the momentum reaches at the end")
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # and not one of the user's choice
             strategy.checkpoint_io = _WholeFiles()
@@ -234,19 +250,7 @@ class C2BIN(BYOL):  # type: ignore[misc]
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch, so that a resumed one is drawn like the first time."""
-        words = [self.cfg.get("seed") or 0, self.current_epoch, self.global_rank]
-        seed = int(np.random.SeedSequence(words).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        # Lightning makes a run's first iterator before it knows the epoch, so with the order and
-        # the workers' seeds of epoch 0, and one for every later epoch after this hook. The
-        # conditions are those of its training epoch loop.
-        loops = self.trainer.fit_loop
-        first = self.current_epoch == 0 or loops.epoch_loop.restarting
-        first = first or getattr(loops, "is_resuming", False)
-        if first and isinstance(self.trainer.train_dataloader, DataLoader):
-            iter(loops._data_fetcher)
+        seed_epoch(self.trainer, self.cfg.get("seed") or 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the options, for `on_load_checkpoint`."""

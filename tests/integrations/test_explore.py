@@ -1,4 +1,4 @@
-"""c2bin_lightly.explore: what it reads, what it writes, that it resumes, and the page itself."""
+"""c2bin_explore: what it reads, what it writes, that it resumes, and the page itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -25,11 +26,9 @@ from PIL import Image, ImageOps
 pytest.importorskip("lightly")
 pytest.importorskip("sklearn")
 
-from c2bin_lightly import _explore_analysis as analysis
-from c2bin_lightly import _explore_images as files
-from c2bin_lightly import _explore_page as pages
-from c2bin_lightly import _explore_training as training
-from c2bin_lightly.explore import main
+from c2bin_explore import analysis, main, training
+from c2bin_explore import images as files
+from c2bin_explore import page as pages
 from sklearn.metrics import normalized_mutual_info_score
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
@@ -688,7 +687,7 @@ browser = pytest.mark.skipif(_chromium.missing() is not None, reason=str(_chromi
 
 def styles(dark: bool) -> dict[str, tuple[float, ...]]:
     """Return the colours of the template's scheme as linear light."""
-    css = (Path(pages.__file__).parent / "_explore_page.css").read_text()
+    css = (Path(pages.__file__).parent / "page.css").read_text()
     block = css[css.index("prefers-color-scheme: dark") :] if dark else css
     found: dict[str, tuple[float, ...]] = {}
     for name, value in re.findall(r"--([\w-]+): #([0-9a-f]{6})", block):
@@ -829,3 +828,34 @@ def test_no_script_of_a_name_runs(run: Run, tmp_path: Path) -> None:
         assert page.run("return window.ran") == 0
         blocked = page.errors()
         assert len([line for line in blocked if "Content Security Policy" in line]) == 2
+
+
+class TestCommand:
+    """The ways to call it, each in a process of its own."""
+
+    @staticmethod
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        # Without the variable that CI sets: what an ordinary shell shows.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+    def test_the_package_is_the_command(self) -> None:
+        done = self.run("-m", "c2bin_explore", "no such folder")
+        assert done.returncode == 1
+        assert done.stderr == "c2bin-explore: there is no folder no such folder\n"
+
+    def test_the_former_place_works_and_says_where_it_is_now(self) -> None:
+        done = self.run("-m", "c2bin_lightly.explore", "no such folder")
+        assert done.returncode == 1
+        assert "DeprecationWarning" in done.stderr
+        assert "python -m c2bin_explore" in done.stderr
+        assert done.stderr.endswith("c2bin-explore: there is no folder no such folder\n")
+
+    @pytest.mark.parametrize("module", ["PIL", "lightly", "tqdm"])
+    def test_without_its_extra_it_says_so_in_one_line(self, module: str) -> None:
+        program = f"import sys; sys.modules[{module!r}] = None; import c2bin_explore as c"
+        done = self.run("-c", f"{program}; sys.exit(c.main(['.']))")
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert 'pip install "c2bin-ext[explore]"' in line

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 pytest.importorskip("lightly")
 
-from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR, evaluate
+from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from c2bin_ext import C2BINLoss
@@ -87,7 +87,7 @@ class TestEveryMethod:
         view0, view1 = torch.randn(2, 8, 3, 4, 4)
         model.losses(view0, view1)["loss"].backward()
         for name, parameter in model.named_parameters():
-            if name.startswith("follower"):
+            if "follower" in name:
                 assert parameter.grad is None
                 assert not parameter.requires_grad
             else:
@@ -323,7 +323,7 @@ class TestC2BIN:
 
     def test_is_byol_plus_heads_on_backbone_features(self) -> None:
         byol, c2bin = build(BYOL), build(C2BIN, loss=C2BINLoss(cluster_weight=0.0))
-        extra = set(dict(c2bin.named_parameters())) - set(dict(byol.named_parameters()))
+        extra = set(c2bin.state_dict()) - set(byol.state_dict())
         assert extra == {"criterion.head.linear.weight", "criterion.head.linear.bias"}
         c2bin.load_state_dict(byol.state_dict(), strict=False)
         view0, view1 = torch.randn(2, 8, 3, 4, 4)
@@ -410,6 +410,205 @@ class TestOptimizers:
         assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
         assert rates[4] == pytest.approx(0.4)
         assert rates[-1] == pytest.approx(last)
+
+
+class Endless(IterableDataset[Any]):
+    """Pairs of views without a length: `n` of them, image i full of i."""
+
+    def __init__(self, n: int = 24) -> None:
+        self.n = n
+
+    def __iter__(self) -> Any:
+        for i in range(self.n):
+            yield (torch.full((3, 4, 4), float(i)) + torch.randn(3, 4, 4) / 9,) * 2, i % 4
+
+
+class Rates(Callback):
+    """Learning rates and numbers of the first images, step by step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.seen: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, _: Any, batch: Any, __: int) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.seen.append(round(float(batch[0][0][0].mean())))
+
+
+@pytest.mark.filterwarnings("ignore:.*IterableDataset.*")
+class TestSchedules:
+    """What needs the length of a run says so by name; what can run, runs."""
+
+    def rates(self, batches: Any, model: dict[str, Any], **options: Any) -> list[float]:
+        watch = Rates()
+        fit = trainer(options.pop("max_epochs", None), callbacks=[watch], **options)
+        fit.fit(build(BYOL, lr=0.4, **model), batches)
+        return watch.rates
+
+    def test_max_steps_with_a_warm_up_in_epochs(self) -> None:
+        # Two steps an epoch; 3 of them are the warm-up of 1.5 epochs.
+        for options in ({"max_epochs": -1}, {}, {"max_epochs": 1000}):
+            rates = self.rates(loader(), {"warmup_epochs": 1.5}, max_steps=6, **options)
+            assert rates[:4] == pytest.approx([0.4 / 3, 0.8 / 3, 0.4, 0.4])
+            assert len(rates) == 6
+            assert rates[-1] == pytest.approx(0.0004)
+
+    def test_a_warm_up_longer_than_the_run(self) -> None:
+        rates = self.rates(loader(), {"warmup_epochs": 4}, max_steps=2)
+        assert rates == pytest.approx([0.2, 0.4])
+
+    @pytest.mark.parametrize("options", [{"max_epochs": -1}, {"max_time": {"hours": 1}}])
+    @pytest.mark.parametrize("name", ["schedule", "follower_schedule"])
+    def test_a_cosine_over_an_endless_run_is_named(
+        self, options: dict[str, Any], name: str, complains: Any
+    ) -> None:
+        kinds = {"schedule": "constant", "follower_schedule": "constant", name: "cosine"}
+        with complains(ValueError, f"{name}='cosine'", "max_epochs=-1", "max_steps"):
+            self.rates(loader(), kinds, **options)
+
+    def test_constant_schedules_need_no_end(self) -> None:
+        class Stop(Callback):
+            def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+                trainer.should_stop = trainer.global_step >= 5
+
+        watch = Rates()
+        fit = trainer(-1, callbacks=[Stop(), watch], min_steps=5)
+        fit.fit(build(BYOL, lr=0.4, schedule="constant", warmup_epochs=1), loader())
+        assert watch.rates == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.4])
+
+    def test_a_loader_without_length(self, complains: Any) -> None:
+        batches = DataLoader(Endless(), batch_size=8)
+        with complains(ValueError, "schedule='cosine'", "inf batches an epoch", "max_steps"):
+            self.rates(batches, {}, max_epochs=2)
+        with complains(ValueError, "warmup_epochs=1", "a training loader with a length"):
+            self.rates(batches, {"warmup_epochs": 1}, max_steps=4)
+        rates = self.rates(batches, {}, max_steps=4)
+        assert (len(rates), rates[0], rates[-1]) == (4, 0.4, pytest.approx(0.0004))
+        assert self.rates(batches, {"schedule": "constant"}, max_epochs=2) == [0.4] * 6
+
+    def test_a_limit_stands_in_for_a_length(self) -> None:
+        batches = DataLoader(Endless(), batch_size=8)
+        options = {"max_epochs": 2, "limit_train_batches": 2}
+        rates = self.rates(batches, {"warmup_epochs": 1}, **options)
+        assert rates == pytest.approx([0.2, 0.4, 0.4, 0.0004])
+
+    def test_limits_and_accumulation_count_as_in_lightning(self) -> None:
+        # 2 epochs of 3 of the 4 batches, two a step: 4 steps, one epoch of warm-up.
+        options = {"max_epochs": 2, "limit_train_batches": 3, "accumulate_grad_batches": 2}
+        rates = self.rates(loader(4), {"warmup_epochs": 1}, **options)
+        assert rates == pytest.approx([0.2, 0.2, 0.4, 0.4, 0.4, 0.0004])
+
+
+@pytest.mark.filterwarnings("ignore:.*IterableDataset.*")
+class TestLoadersWithoutLength:
+    @pytest.fixture(autouse=True)
+    def _seeded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # what seed_everything leaves behind
+
+    def run(self, epochs: int, watch: Rates, **options: Any) -> tuple[Trainer, LightningModule]:
+        model = build(BYOL, schedule="constant")
+        fit = trainer(4, callbacks=[watch, StopAfter(epochs)])
+        fit.fit(model, DataLoader(Endless(), batch_size=8), **options)
+        return fit, model
+
+    def test_each_batch_is_trained_once_an_epoch(self) -> None:
+        watch = Rates()
+        self.run(2, watch)
+        assert watch.seen == [0, 8, 16] * 2
+
+    def test_resumed_equals_uninterrupted(self, tmp_path: Path) -> None:
+        _, whole = self.run(4, Rates())
+        half, _ = self.run(2, Rates())
+        half.save_checkpoint(tmp_path / "half.ckpt")
+        watch = Rates()
+        _, resumed = self.run(4, watch, ckpt_path=tmp_path / "half.ckpt")
+        assert watch.seen == [0, 8, 16] * 2
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], tensor), name
+
+    def test_an_iterator_loses_no_batch(self) -> None:
+        watch = Rates()
+        batches = iter([*DataLoader(Endless(), batch_size=8)])
+        trainer(callbacks=[watch]).fit(build(BYOL, schedule="constant"), batches)
+        assert watch.seen == [0, 8, 16]
+
+
+class TestBatches:
+    views = torch.randn(3, 8, 3, 4, 4)
+
+    @pytest.mark.parametrize(
+        ("batch", "came"),
+        [
+            ([views[0], views[1]], "[a tensor of shape (8, 3, 4, 4), a tensor of shape"),
+            ([[*views], torch.arange(8)], "[[a tensor"),
+            ([[views[0]], torch.arange(8)], "[[a tensor of shape (8, 3, 4, 4)], a tensor"),
+            ((views[0][:2], torch.arange(2)), "[a tensor of shape (2, 3, 4, 4)"),
+            (views[0], "a tensor of shape (8, 3, 4, 4)"),
+            ({"views": views}, "dict"),
+        ],
+    )
+    def test_what_is_no_pair_of_views_is_named(self, batch: Any, came: str, complains: Any) -> None:
+        for kind in METHODS:
+            with complains(ValueError, "training batch", "((view0, view1)", came):
+                build(kind).training_step(batch, 0)
+
+    @pytest.mark.parametrize(
+        ("batch", "kind", "came"),
+        [
+            (torch.randn(8, 3, 4, 4), ValueError, "a tensor of shape (8, 3, 4, 4)"),
+            ([[*views[:2]], torch.arange(8)], ValueError, "[[a tensor of shape"),
+            ([views[0], ["cat"] * 8], TypeError, "[str, str"),
+            ([views[0], torch.arange(8) > 3], ValueError, "torch.bool"),
+        ],
+    )
+    def test_validation_batches_are_named_at_the_first(
+        self, batch: Any, kind: type[Exception], came: str, complains: Any
+    ) -> None:
+        once = DataLoader([batch], batch_size=None)
+        with complains(kind, came, ("validation batch", "labels")):
+            trainer().validate(build(C2BIN), once, verbose=False)
+
+
+class TestComposition:
+    def test_a_method_is_a_module_that_knows_no_trainer(self) -> None:
+        for kind in METHODS:
+            model = build(kind)
+            assert not any(isinstance(m, LightningModule) for m in model.method.modules())
+            loss = model.method.step(*torch.randn(2, 8, 3, 4, 4))["loss"]
+            assert loss.isfinite()
+            assert loss.requires_grad
+
+    def test_parts_are_read_and_set_through_the_module(self) -> None:
+        model = build(MoCoV2)
+        assert model.projector is model.method.projector
+        model.projector = nn.Linear(8, 6)
+        assert model.method.projector is model.projector
+        assert {n for n in model.state_dict() if n.startswith("projector")} == {
+            "projector.weight",
+            "projector.bias",
+        }
+        with pytest.raises(AttributeError, match="no_such_part"):
+            _ = model.no_such_part
+
+    def test_names_of_weights_are_those_that_evaluations_look_for(self) -> None:
+        holder = nn.ModuleDict({"model": build(C2BIN)})
+        names = {name.split(".")[1] for name in holder.state_dict()}
+        parts = {"backbone", "projector", "predictor", "criterion"}
+        assert names == parts | {"follower_backbone", "follower_projector"}
+        other = nn.ModuleDict({"model": build(C2BIN)})
+        with torch.no_grad():
+            for parameter in holder.parameters():
+                parameter.add_(1)
+        other.load_state_dict(holder.state_dict())
+        for name, tensor in holder.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+
+    def test_heads_run_once_for_each_view_of_each_network(self) -> None:
+        model = build(C2BIN)
+        calls: list[int] = []
+        model.cluster_head.register_forward_hook(lambda *_: calls.append(1))
+        model.losses(*torch.randn(2, 8, 3, 4, 4))
+        assert len(calls) == 4
 
 
 RANKS = """
@@ -512,75 +711,3 @@ def test_without_lightly_the_import_says_what_to_install() -> None:
     run = [sys.executable, "-c", textwrap.dedent(code)]
     shown = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert 'pip install "c2bin-ext[lightly]"' in shown
-
-
-class TestEvaluate:
-    @staticmethod
-    def blobs(n: int, seed: int, noise: float = 0.3) -> evaluate.Features:
-        draw = torch.Generator().manual_seed(seed)
-        labels = torch.arange(n) % 3
-        return evaluate.Features(
-            torch.eye(3)[labels] + noise * torch.randn(n, 3, generator=draw), labels
-        )
-
-    def test_extract_is_in_evaluation_mode_and_puts_the_mode_back(self) -> None:
-        model = build(BYOL)
-        model.follower_backbone.eval()
-        images, labels = torch.randn(6, 3, 4, 4), torch.arange(6)
-        batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-        before = copy.deepcopy(model.state_dict())
-        found = evaluate.extract(model, batches)
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[name]), name
-        assert model.training
-        assert not model.follower_backbone.training
-        assert not model.follower_backbone[1].training
-        assert torch.equal(found.labels, labels)
-        torch.testing.assert_close(found.features, model.eval()(images))
-
-    def test_extract_of_nothing_says_so(self, complains: Any) -> None:
-        with complains(ValueError, "batches", "empty"):
-            evaluate.extract(nn.Flatten(), [], device="cpu")
-
-    @pytest.mark.parametrize("chunk", [7, 512])
-    def test_knn_agrees_with_a_loop(self, chunk: int) -> None:
-        train, test = self.blobs(60, 0, noise=0.6), self.blobs(31, 1, noise=0.6)
-        right = 0
-        for row, label in zip(test.features, test.labels, strict=True):
-            cosines = torch.cosine_similarity(row[None], train.features)
-            near = cosines.argsort(descending=True)[:5]
-            votes = [
-                float((cosines[near] / 0.1).exp()[train.labels[near] == c].sum()) for c in range(3)
-            ]
-            right += votes.index(max(votes)) == int(label)
-        assert 0 < right < 31
-        assert evaluate.knn_accuracy(train, test, k=5, chunk=chunk) == pytest.approx(right / 31)
-
-    def test_knn_is_cut_to_the_bank(self) -> None:
-        train, test = self.blobs(9, 0), self.blobs(12, 1)
-        assert evaluate.knn_accuracy(train, test, k=200) == evaluate.knn_accuracy(train, test, k=9)
-
-    def test_linear_probe_learns_and_leaves_the_generators_alone(self) -> None:
-        train, test = self.blobs(90, 0), self.blobs(60, 1)
-        torch.manual_seed(3)
-        state = torch.get_rng_state()
-        probe = evaluate.linear_probe(train, test)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert probe.accuracy > 0.9
-        assert probe == evaluate.linear_probe(train, test)
-
-    def test_linear_probe_never_looks_at_the_test_images_to_choose(self) -> None:
-        train, test = self.blobs(90, 0), self.blobs(60, 1)
-        wrong = evaluate.Features(test.features, (test.labels + 1) % 3)
-        honest, fooled = (evaluate.linear_probe(train, t, epochs=5) for t in (test, wrong))
-        assert (honest.lr, honest.held_out_accuracy) == (fooled.lr, fooled.held_out_accuracy)
-        assert fooled.accuracy < 0.2 < honest.accuracy
-
-    def test_kmeans_clusters_the_test_images_and_scores_them(self) -> None:
-        train, test = self.blobs(90, 0, noise=0.1), self.blobs(60, 1, noise=0.1)
-        clusters = evaluate.kmeans(train, test, k=3)
-        scores = evaluate.clustering_scores(test.labels, clusters)
-        assert scores == {"nmi": 1.0, "acc": 1.0, "purity": 1.0, "ari": 1.0, "in_use": 3.0}
-        # Length says nothing: features are normalised first.
-        longer = evaluate.Features(test.features * torch.linspace(1, 50, 60)[:, None], test.labels)
-        assert torch.equal(evaluate.kmeans(train, longer, k=3), clusters)

@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -152,6 +153,28 @@ class TestImageNetForm:
         register(methods, num_clusters=(3, 5))
         model = methods["c2bin"]["model"](batch_size_per_device=8, num_classes=CLASSES)
         assert model.knn_classifier is None
+
+    @pytest.mark.parametrize("online_knn", [True, False])
+    def test_what_is_registered_can_be_pickled(self, small: None, online_knn: bool) -> None:
+        methods: dict[str, Any] = {}
+        register(methods, online_knn=online_knn, num_clusters=(3, 5), normalize=True)
+        kind = methods["c2bin"]["model"]
+        again = pickle.loads(pickle.dumps(kind))
+        assert again.__name__ == kind.__name__
+        given, expected = (inspect.signature(k.__init__).parameters.keys() for k in (again, kind))
+        assert given == expected
+        model = kind(batch_size_per_device=8, num_classes=CLASSES)
+        copied = pickle.loads(pickle.dumps(model))
+        assert copied.cluster_head.num_clusters == (3, 5)
+        assert again(8, CLASSES).cluster_head.normalize
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(copied.state_dict()[name], tensor), name
+
+    def test_unlabelled_batches_are_named(self, small: None, complains: Any) -> None:
+        model = c2bin_lightly.C2BINResNet50(8, CLASSES, num_clusters=(3, 5))
+        views = torch.randn(2, 8, 3, 4, 4)
+        with complains(ValueError, "training batch", "labels", "[[a tensor"):
+            model.training_step([[*views]], 0)
 
     def test_mistakes_are_named(self, small: None, complains: Any) -> None:
         methods: dict[str, Any] = {}
@@ -403,6 +426,33 @@ class TestCifarForm:
         assert model.max_accuracy == pytest.approx(max(accuracies) / 100)
         assert accuracies[-1] == pytest.approx(100 * self.knn(model), abs=1e-4)
 
+    def test_the_sanity_check_is_no_result(self, name: str) -> None:
+        class Spy(Callback):
+            def on_sanity_check_end(self, trainer: Trainer, module: Any) -> None:
+                assert module.max_accuracy == 0.0
+
+        model = form(name)
+        scores = Scores()
+        # Of 2 of the batches the untrained network may get everything right.
+        model.dataloader_kNN = batches(12, seed=9)
+        trainer(num_sanity_val_steps=2, callbacks=[Spy(), scores], limit_val_batches=2).fit(
+            model, batches(views=2), batches(12, seed=9)
+        )
+        assert scores.epochs[0]["kNN_accuracy"] > 0
+        assert model.max_accuracy == pytest.approx(scores.epochs[0]["kNN_accuracy"] / 100)
+
+    @pytest.mark.parametrize("where", ["bank", "validation"])
+    def test_what_cannot_be_scored_is_refused(self, name: str, where: str, complains: Any) -> None:
+        loaders = {"bank": batches(), "validation": batches(12)}
+        loaders[where].dataset.labels[3] = -1
+        told = {"bank": "dataloader_kNN", "validation": "validation images"}[where]
+        with complains(ValueError, told, "class", "below 0"):
+            trainer().validate(form(name, loaders["bank"]), loaders["validation"], verbose=False)
+        loaders = {"bank": batches(), "validation": batches(12)}
+        loaders[where].dataset.images[3, 1] = float("nan")
+        with complains(ValueError, told, "finite"):
+            trainer().validate(form(name, loaders["bank"]), loaders["validation"], verbose=False)
+
     @staticmethod
     @torch.no_grad()
     def knn(model: Any) -> float:
@@ -450,6 +500,12 @@ class TestCifarForm:
             expected = getattr(model, prefix[:-1]).state_dict()
             for key, tensor in expected.items():
                 assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_the_order_of_a_benchmark_s_bases_makes_no_difference() -> None:
+    kind = c2bin_lightly.C2BINBenchmark.__mro__[1]
+    ours, lightlys = (vars(base) for base in kind.__bases__)
+    assert not {n for n in {*ours} & {*lightlys} if not n.startswith("__")}
 
 
 class TestScoresOfHeads:

@@ -47,7 +47,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from c2bin_ext import C2BINObjective
 from c2bin_ext.functional import c2bin_loss
@@ -354,7 +354,67 @@ def loaders(workers: int = 0) -> tuple[DataLoader[Any], DataLoader[Any]]:
     return train, DataLoader(_Views(10, views=0), batch_size=4)
 
 
+class _Endless(IterableDataset[Any]):
+    """The views of `_Views` in order, without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        views = _Views()
+        yield from (views[i] for i in range(len(views)))
+
+
 class TestTraining:
+    def test_a_loader_without_length(self, tmp_path: Path) -> None:
+        """Each batch once, resumed as uninterrupted; only a moving momentum needs the length."""
+        still = {"momentum": {"base_tau": 0.9, "final_tau": 0.9}, "max_epochs": 3}
+        batches = DataLoader(_Endless(), batch_size=4)
+
+        def run(epochs: int, **options: Any) -> tuple[Trainer, C2BIN, list[int]]:
+            torch.manual_seed(0)
+            fit, model = trainer(tmp_path, epochs), C2BIN(config(**still))
+            first: list[int] = []
+            step = model.training_step
+            model.training_step = lambda batch, batch_idx: (
+                first.append(int(batch[0][0])),
+                step(batch, batch_idx),
+            )[1]
+            fit.fit(model, batches, **options)
+            return fit, model, first
+
+        _, whole, seen = run(3)
+        assert seen == [0, 4, 8, 12, 16, 20] * 3
+        half, _, _ = run(1)
+        half.save_checkpoint(tmp_path / "half.ckpt")
+        _, resumed, seen = run(3, ckpt_path=tmp_path / "half.ckpt")
+        assert seen == [0, 4, 8, 12, 16, 20] * 2
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+        with pytest.raises(ValueError, match=r"momentum.final_tau.* max_epochs=2, .*inf batches"):
+            trainer(tmp_path, 2).fit(C2BIN(config()), batches)
+
+    @pytest.mark.parametrize(
+        ("batch", "came"),
+        [
+            (crops(16, 16), "[a tensor of shape (4, 3, 16, 16), a tensor"),
+            ([torch.arange(4), crops(16, 16)], "[a tensor of shape (4,), [a tensor"),
+            ([None, crops(16, 16, 16), torch.arange(4)], "[NoneType, [a tensor of shape (4, 3,"),
+        ],
+    )
+    def test_other_batches_are_named(self, batch: Any, came: str) -> None:
+        with pytest.raises(ValueError, match=r"training batch: expected .indices, 2 crops") as told:
+            build().training_step(batch, 0)
+        assert came in str(told.value)
+
+    def test_more_large_crops_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"data.num_large_crops: expected 2, .* got 3"):
+            build(data__num_large_crops=3)
+
+    def test_heads_run_once_for_each_view_of_each_network(self) -> None:
+        model = build()
+        calls: list[int] = []
+        model.cluster_head.register_forward_hook(lambda *_: calls.append(1))
+        model.training_step([None, crops(16, 16), torch.tensor([0, 1, 2, 3])], 0)
+        assert len(calls) == 4
+
     def test_validation_scores_every_head_and_not_in_the_sanity_check(self, tmp_path: Path) -> None:
         fit = trainer(tmp_path, 1, num_sanity_val_steps=2)
         model = C2BIN(config(max_epochs=1))

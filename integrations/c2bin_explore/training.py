@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from c2bin_lightly.training import C2BIN
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
@@ -23,10 +21,10 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from c2bin_explore.backbones import backbone
+from c2bin_explore.images import ExploreError
+from c2bin_ext._hosts import seed_generators, whole_file
 from c2bin_ext.checkpoints import load_backbone
-from c2bin_lightly._explore_images import ExploreError
-from c2bin_lightly.backbones import backbone
-from c2bin_lightly.methods import C2BIN
 
 BACKBONES = ("small", "resnet18", "resnet50")
 LARGEST_BATCH = 256
@@ -211,9 +209,7 @@ class _Progress(Callback):
         # A resumed run draws what an uninterrupted one draws.
         self.batches.epoch = trainer.current_epoch
         stream = _stream(self.batches.seed, trainer.current_epoch)
-        torch.manual_seed(stream)
-        np.random.seed(stream)
-        random.seed(stream)
+        seed_generators(stream, stream, stream)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.bar is not None:
@@ -238,9 +234,8 @@ class _EpochCheckpoint(Checkpoint):
         self.path = path
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        os.replace(part, self.path)
+        with whole_file(self.path) as part:
+            trainer.save_checkpoint(part)
 
 
 @contextmanager

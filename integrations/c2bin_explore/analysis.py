@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from c2bin_explore.images import Images, classes_of, shown
 from c2bin_ext import metrics
-from c2bin_lightly._explore_images import Images, classes_of, shown
+from c2bin_ext._hosts import whole_file
 
 NEIGHBOURS = 12
 SCALES = ("coarse", "middle", "fine")
@@ -208,12 +208,10 @@ def has_parquet() -> bool:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
     """Write a table as CSV in UTF-8, in one go: a kill while it writes leaves no half table."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
         writer.writerows(rows())
-    os.replace(part, path)
 
 
 def write_parquet(path: Path, columns: Sequence[str], rows: Rows) -> None:
@@ -222,8 +220,6 @@ def write_parquet(path: Path, columns: Sequence[str], rows: Rows) -> None:
     import pyarrow.parquet
 
     values = list(zip(*rows(), strict=True))
-    part = path.with_name(path.name + ".part")
-    pyarrow.parquet.write_table(
-        pyarrow.table({name: list(v) for name, v in zip(columns, values, strict=True)}), part
-    )
-    os.replace(part, path)
+    table = pyarrow.table({name: list(v) for name, v in zip(columns, values, strict=True)})
+    with whole_file(path) as part:
+        pyarrow.parquet.write_table(table, part)

@@ -17,8 +17,8 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import numpy.typing as npt
 
-from c2bin_lightly._explore_analysis import Clusters, Result
-from c2bin_lightly._explore_images import Skipped, shown
+from c2bin_explore.analysis import Clusters, Result
+from c2bin_explore.images import Skipped, shown
 
 # Of 60 MB for the whole page: base64 makes four bytes of three, and names, neighbours and positions
 # of 20,000 images take about 5 MB.
@@ -119,7 +119,7 @@ def page(
         urls = [_data_url(thumbnails[i]) for i in order[start : start + _CHUNK]]
         name = f"thumbnails-{start // _CHUNK}"
         chunks.append(f'<script type="application/json" id="{name}">{_json(urls)}</script>\n')
-    style, script = (_template(f"_explore_page.{kind}") for kind in ("css", "js"))
+    style, script = (_template(f"page.{kind}") for kind in ("css", "js"))
     filled = {
         "csp": f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
         f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'",
@@ -131,7 +131,7 @@ def page(
         "thumbnails": "".join(chunks),
     }
     # In one pass: what is filled in is never searched for placeholders.
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: filled[m[1]], _template("_explore_page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: filled[m[1]], _template("page.html"))
 
 
 def packed(values: npt.NDArray[Any], dtype: str) -> str:
@@ -163,4 +163,4 @@ def _hash(text: str) -> str:
 
 
 def _template(name: str) -> str:
-    return (files("c2bin_lightly") / name).read_text(encoding="utf-8")
+    return (files("c2bin_explore") / name).read_text(encoding="utf-8")

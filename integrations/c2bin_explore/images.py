@@ -19,6 +19,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tqdm import tqdm
 
+from c2bin_ext._hosts import whole_file
+
 # Pillow hands EPS to Ghostscript, which runs the file as a program.
 Image.init()
 _FORMATS = sorted(set(Image.OPEN) - {"EPS"})
@@ -272,8 +274,7 @@ def _save_part(
 ) -> None:
     good = [result for result in results if not isinstance(result, str)]
     encoded = b"".join(thumbnail for _, thumbnail in good)
-    partial = file.with_suffix(".part")
-    with partial.open("wb") as stream:
+    with whole_file(file) as part, part.open("wb") as stream:
         np.savez(
             stream,
             pixels=np.stack([p for p, _ in good])
@@ -283,7 +284,6 @@ def _save_part(
             ends=np.cumsum([len(thumbnail) for _, thumbnail in good], dtype=np.int64),
             reasons=np.array(json.dumps([r if isinstance(r, str) else "" for r in results])),
         )
-    os.replace(partial, file)
 
 
 def fingerprint(folder: Path, paths: Sequence[str], *more: int) -> str:
