@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import myst_nb.sphinx_ext
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ exclude_patterns = ["_drafts", "results/**.md", "_ext"]
 nitpicky = True
 # Torch's and Python's own names have no page here unless intersphinx is on.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|typing|hypothesis|numpy|np|npt|nn|os|lightly)\b.*"),
+    (r"py:.*", r"(torch|collections|typing|typing_extensions|hypothesis|numpy|np|npt|nn|os|lightly)\b.*"),
     (r"py:.*", r"(pytorch_lightning|solo|omegaconf)\b.*"),
     (r"py:(class|exc|obj)", r"[A-Za-z]+"),
     (r"py:class", r"c2bin_\w+\.(\w+\.)*(_\w+|[A-Z]\w*)"),
@@ -74,6 +75,8 @@ add_module_names = False
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
+# Executed notebooks are written beside the site, under this name.
+myst_nb.sphinx_ext.OUTPUT_FOLDER = "build/notebooks"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
