@@ -81,12 +81,14 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
+nb_merge_streams = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options: dict[str, Any] = {
@@ -96,7 +98,7 @@ html_theme_options: dict[str, Any] = {
     ]
 }
 mathjax_path = "mathjax/tex-chtml.js"
-mathjax3_config = {"chtml": {"mtextInheritFont": True}, "options": {"enableMenu": False}}
+mathjax3_config = {"options": {"enableMenu": False}}
 
 
 def _copy_mathjax(app: Sphinx) -> None:

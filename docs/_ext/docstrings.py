@@ -86,7 +86,7 @@ def _formula(text: str, names: dict[str, str]) -> Iterator[str]:
     """The paragraph "Formula:": what comes first is displayed, the rest set inline."""
 
     def is_formula(content: str) -> bool:
-        return content not in names and not re.fullmatch(r"[a-z]\w*(\.\w+)*(\(\w+\).*)?", content)
+        return content not in names and not re.match(r"[a-z][a-z]\w+([.(]\w+.*)?$", content)
 
     def inline(part: str) -> str:
         pieces, last = [], 0
@@ -99,7 +99,7 @@ def _formula(text: str, names: dict[str, str]) -> Iterator[str]:
         return "".join([*pieces, _inline(part[last:], names)])
 
     first = re.match(r"`([^`]+)`", text)
-    if first is None or not is_formula(first[1]):
+    if first is None or not is_formula(first[1]) or len(first[1]) < 12:
         yield from ["**Formula:** " + inline(text), ""]
         return
     yield from ["", ".. math::", "", "   " + latex(" ".join(first[1].split())), ""]
