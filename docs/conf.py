@@ -43,8 +43,8 @@ exclude_patterns = ["_drafts", "results/**.md", "_ext"]
 nitpicky = True
 # Torch's and Python's own names have no page here unless intersphinx is on.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|typing|typing_extensions|hypothesis|numpy|np|npt|nn|os|lightly)\b.*"),
-    (r"py:.*", r"(pytorch_lightning|solo|omegaconf)\b.*"),
+    (r"py:.*", r"(torch|nn|collections|typing|typing_extensions|os|numpy|np|npt|hypothesis)\b.*"),
+    (r"py:.*", r"(lightly|pytorch_lightning|solo|omegaconf)\b.*"),
     (r"py:(class|exc|obj)", r"[A-Za-z]+"),
     (r"py:class", r"c2bin_\w+\.(\w+\.)*(_\w+|[A-Z]\w*)"),
 ]
@@ -93,8 +93,7 @@ html_show_sphinx = False
 html_copy_source = False
 html_theme_options: dict[str, Any] = {
     "footer_icons": [
-        {"name": name, "url": url, "html": name, "class": "url"}
-        for name, url in _URLS
+        {"name": name, "url": url, "html": name, "class": "url"} for name, url in _URLS
     ]
 }
 mathjax_path = "mathjax/tex-chtml.js"
