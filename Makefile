@@ -61,7 +61,8 @@ examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/gradient_sizes.py $(TINY) --out build/gradients
 
 coverage: setup  ## lines and branches of the core that its tests run, with a floor
-	$(BIN)/python -m pytest tests/test_*.py tests/testing --numprocesses 2 --dist loadfile \
+	$(BIN)/python -m pytest tests/test_*.py tests/testing --ignore tests/test_docs.py \
+	    --numprocesses 2 --dist loadfile \
 	    --cov c2bin_ext --cov-branch --cov-report term-missing:skip-covered --cov-fail-under 95
 
 benchmark: setup  ## cost of the losses, of a training step, and over processes
