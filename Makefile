@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TINY := --limit 60 --limit-test 40 --batch-size 20 --epochs 1 --seeds 0
 
-.PHONY: help setup demo test lint types unit docs package examples benchmark oldest mutation \
-    mutation-kit clean
+.PHONY: help setup demo test lint format types unit docs package examples coverage benchmark oldest \
+    mutation mutation-kit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,6 +24,10 @@ demo: setup  ## train C2BIN, SimCLR, MoCo v2 and BYOL side by side and compare t
 
 test: lint types unit docs package examples  ## everything that has to hold
 
+format: setup  ## bring the code into the form that lint asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +39,8 @@ unit: setup  ## doctests, unit, property, two-process and adapter tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 docs: setup  ## build the site into site/, warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	rm -rf site
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs site
 
 package: setup  ## build the wheel and check it
 	rm -rf build/dist
@@ -58,6 +63,11 @@ examples: setup  ## every example, at a size that only shows that it runs
 	$(BIN)/python examples/study.py --methods c2bin --trials 1 --rungs 1 $(TINY) --out build/study
 	$(BIN)/python examples/decisions.py --only default $(TINY) --out build/decisions
 	$(BIN)/python examples/gradient_sizes.py $(TINY) --out build/gradients
+
+coverage: setup  ## lines and branches of the core that its tests run, with a floor
+	$(BIN)/python -m pytest tests/test_*.py tests/testing --ignore tests/test_docs.py \
+	    --numprocesses 2 --dist loadfile \
+	    --cov c2bin_ext --cov-branch --cov-report term-missing:skip-covered --cov-fail-under 95
 
 benchmark: setup  ## cost of the losses, of a training step, and over processes
 	$(BIN)/python examples/benchmarks/loss_cost.py --out docs/results

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import c2bin_ext
-from c2bin_ext import functional
+from c2bin_ext import __main__, functional
 
 PUBLIC = {
     "BCAContrastiveLoss",
@@ -90,6 +91,36 @@ def test_functional_all() -> None:
 
 def test_version() -> None:
     assert re.fullmatch(r"\d+\.\d+(\.\d+)?([.+-]?\w+)*", c2bin_ext.__version__)
+
+
+def test_citation_has_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == c2bin_ext.__version__  # type: ignore[index]
+
+
+def test_main_prints_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = {"torch": "2.9.9", "scipy": "1.2.3"}
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(__main__, "version", version)
+    __main__.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"c2bin-ext {c2bin_ext.__version__}, Python ")
+    assert "torch 2.9.9\n" in printed
+    assert "[eval] scikit-learn is not installed, scipy 1.2.3\n" in printed
+
+
+def test_main_names_the_extras_of_the_project() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = set(project["optional-dependencies"]) - {"docs", "dev"}
+    assert set(__main__._EXTRAS) == extras
 
 
 def test_star_import() -> None:

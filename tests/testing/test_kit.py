@@ -561,7 +561,7 @@ def test_sums_over_shards() -> None:
 
 
 def test_the_page() -> None:
-    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "testing.md").read_text(encoding="utf-8")
     for part in (table_of_invariants(), table_of_broken(), table_of_right()):
         assert part in page
     blocks = [block.split("```")[0] for block in page.split("```python\n")]
