@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml
 demo: setup  ## train C2BIN, SimCLR, MoCo v2 and BYOL side by side and compare them
 	OMP_NUM_THREADS=2 $(BIN)/python examples/demo.py
 
-test: lint types unit docs package examples  ## everything that has to hold
+test: lint types unit docs package  ## everything that has to hold; the unit tests run every example
 
 format: setup  ## bring the code into the form that lint asks for
 	$(BIN)/ruff format .
@@ -47,7 +47,7 @@ package: setup  ## build the wheel and check it
 	$(BIN)/python -m build --outdir build/dist .
 	$(BIN)/twine check --strict build/dist/*
 
-examples: setup  ## every example, at a size that only shows that it runs
+examples: setup  ## every example by its command, at a size that only shows that it runs
 	$(BIN)/python examples/plain_pytorch.py --steps 20
 	$(BIN)/python examples/check_a_loss.py
 	$(BIN)/python examples/add_clusters_to_your_method.py --steps 20

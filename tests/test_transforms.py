@@ -62,7 +62,9 @@ def agree(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
 class TestCompile:
     @over()
     def test_whole_graph_with_gradients(self, case: Case) -> None:
-        module, arguments = case.build(), case.arguments(heads=HEADS[:2])
+        # The second micro-batch is traced anew: with one head, in half the time.
+        heads = HEADS[:1] if "micro-batches" in case.name else HEADS[:2]
+        module, arguments = case.build(), case.arguments(heads=heads)
         compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
         agree(evaluate(compiled, arguments), evaluate(module, arguments))
 
@@ -86,7 +88,8 @@ class TestCompile:
         module = case.build()
         compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
         for n in (6, 9):
-            agree(evaluate(compiled, case.arguments(n)), evaluate(module, case.arguments(n)))
+            arguments = case.arguments(n, heads=HEADS[:1])
+            agree(evaluate(compiled, arguments), evaluate(module, arguments))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("name", ["objective", "features and follower"])

@@ -83,6 +83,17 @@ def test_two_ranks() -> None:
     [
         ("plain_pytorch.py", ["--steps", 20], ["kNN(5): 0.9", "ACC of the 10-cluster head"]),
         ("check_a_loss.py", [], ["flipped_entropy", "ntxent_of_clusters"]),
+        ("benchmarks/distributed_cost.py", ["--rounds", 3], ["| 1024 | 262,144 | 32, 64, 128 |"]),
+        (
+            "benchmarks/step_cost.py",
+            ["--host", "lightly", "--batch-size", 4, "--rounds", 1],
+            ["C2BIN", "BYOL"],
+        ),
+        (
+            "pipeline_cost.py",
+            ["--batch-size", 4, "--images", 16, "--seconds", 0],
+            ["step alone"],
+        ),
     ],
 )
 def test_the_others(script: str, arguments: list[object], words: list[str]) -> None:
