@@ -1,0 +1,1 @@
+"""The packages behind the launchers in `examples/`."""
