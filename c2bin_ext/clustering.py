@@ -58,9 +58,8 @@ _BLOCK = 2**22
 _PART = 50_000
 # Principal directions that are kept.
 _DIRECTIONS = 256
-# Rows that k-means is fitted on, at most; its starts at a scale of few clusters; steps that heads
-# are trained with its labels.
-_SAMPLE, _STARTS, _FEW, _WARM_UP = 20_000, 10, 20, 100
+# Rows that k-means is fitted on, at most; its starts at a scale of few clusters.
+_SAMPLE, _STARTS, _FEW = 20_000, 10, 20
 # Steps that count as an epoch where there are few rows.
 _LEAST_STEPS = 5
 # Training stops when so many epochs in a row have not lowered the smallest loss by this much.
@@ -137,6 +136,9 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     Source: C2BIN, sections 3.3 and 3.4; neighbours as second views: Van Gansbeke et al., "SCAN",
     ECCV 2020.
     """
+
+    # Steps in which heads learn the labels of k-means before the loss takes over.
+    _warm_up = 25
 
     def __init__(
         self,
@@ -355,7 +357,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
         run = _Run(head)
         try:
-            for rows in islice(batches, _WARM_UP):
+            for rows in islice(batches, self._warm_up):
                 logits = head.logits(draw(rows))
                 labels = [own[rows] for own in start]
                 step(torch.stack([*map(cross_entropy, logits, labels)]).sum())

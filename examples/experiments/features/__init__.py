@@ -1,1 +1,1 @@
-"""Clusters of a pretrained network's features: C2BIN beside k-means and other methods, one table."""
+"""Clusters of a pretrained network's features: C2BIN and other methods in one table."""

@@ -41,7 +41,10 @@ class Pictures:
         chosen = np.asarray(rows, dtype=np.int64)
         read = self.read
         return replace(
-            self, read=lambda i: read(int(chosen[i])), labels=self.labels[chosen], rows=self.rows[chosen]
+            self,
+            read=lambda i: read(int(chosen[i])),
+            labels=self.labels[chosen],
+            rows=self.rows[chosen],
         )
 
     def fingerprint(self, start: int = 0, stop: int | None = None) -> str:
