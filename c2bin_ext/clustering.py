@@ -101,8 +101,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         learning_rate: of AdamW.
         n_init: how often to train, from another start each; the run of the smallest loss is kept.
         device: `"auto"` (a GPU if there is one) or what `torch.device` takes.
-        random_state: None, an int or a numpy RandomState; an int makes results reproducible.
-            Global random states of torch and numpy are never touched.
+        random_state: an int makes results reproducible; or a numpy RandomState to draw from, or
+            None. Global random states of torch and numpy are never touched.
         verbose: print progress.
 
     Attributes:
@@ -193,7 +193,9 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                 f"X: expected at least {max(scales)} rows, as many as clusters, "
                 f"got {n} sample{'s' if n > 1 else ''} (n_samples={n})"
             )
-        source = check_random_state(self.random_state)
+        # By scikit-learn's convention None would draw from numpy's global state.
+        given = self.random_state
+        source = np.random.RandomState() if given is None else check_random_state(given)
         seeds = [int(seed) for seed in source.randint(2**31 - 1, size=1 + self.n_init)]
         device = _device(self.device)
         progress = _Progress(self.verbose)
@@ -322,6 +324,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             entropy_weight=self.entropy_weight, temperature=self.temperature
         )
 
+    @torch.enable_grad()
     def _train(
         self,
         views: Tensor,
@@ -331,7 +334,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         seed: int,
         progress: _Progress,
     ) -> _Run:
-        """Train heads from k-means's labels on; Ctrl-C ends it."""
+        """Train heads from the labels of k-means on; Ctrl-C ends it."""
         (v, n, p), device = views.shape, views.device
         nearest, counts = neighbors
         source = torch.Generator().manual_seed(seed)

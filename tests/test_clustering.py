@@ -26,7 +26,7 @@ from c2bin_ext import clustering
 from c2bin_ext.clustering import C2BINClustering
 from tests.conftest import Complains
 
-SMALL: dict[str, Any] = {"hidden_features": 16, "max_epochs": 10, "random_state": 0}
+SMALL: dict[str, Any] = {"hidden_features": 16, "max_epochs": 20, "random_state": 0}
 
 
 class AtLeastTwo(C2BINClustering):
@@ -75,7 +75,7 @@ def test_finds_clusters(data: tuple[Any, Any], model: C2BINClustering) -> None:
 def test_attributes(data: tuple[Any, Any], model: C2BINClustering) -> None:
     features, _ = data
     assert model.n_features_in_ == 8
-    assert model.n_iter_ == len(model.losses_) <= 10
+    assert model.n_iter_ == len(model.losses_) <= 20
     assert model.loss_ == model.losses_[-1] < model.losses_[0]
     assert len(model.labels_per_scale_) == 2
     for scale, k in enumerate((4, 8)):
@@ -103,11 +103,18 @@ def test_random_state_fixes_the_result(data: tuple[Any, Any], model: C2BINCluste
     assert other.losses_ != model.losses_
 
 
-def test_global_random_state_is_left_alone(data: tuple[Any, Any]) -> None:
-    before = torch.get_rng_state(), np.random.get_state()[1]
-    C2BINClustering(4, **{**SMALL, "random_state": None}).fit(data[0])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_global_random_states_are_left_alone(data: tuple[Any, Any], seed: int | None) -> None:
+    before = torch.get_rng_state(), pickle.dumps(np.random.get_state())
+    C2BINClustering(4, **{**SMALL, "random_state": seed}).fit(data[0])
     assert torch.equal(before[0], torch.get_rng_state())
-    np.testing.assert_array_equal(before[1], np.random.get_state()[1])
+    assert before[1] == pickle.dumps(np.random.get_state())
+
+
+def test_fits_where_gradients_are_off(data: tuple[Any, Any], model: C2BINClustering) -> None:
+    with torch.no_grad():
+        again = clone(model).fit(data[0])
+    assert again.losses_ == model.losses_
 
 
 @pytest.mark.parametrize("convert", [torch.from_numpy, np.ndarray.tolist, np.asfortranarray])
@@ -217,7 +224,7 @@ def test_interrupted(data: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
     forward = criterion.forward
     monkeypatch.setattr(criterion, "forward", interrupted)
     model = C2BINClustering(4, **SMALL, n_init=5)
-    with pytest.warns(UserWarning, match="Interrupted after 5 of 10 epochs"):
+    with pytest.warns(UserWarning, match="Interrupted after 5 of 20 epochs"):
         model.fit(data[0])
     assert model.n_iter_ == 5
     assert adjusted_rand_score(data[1], model.labels_) > 0.9
@@ -241,7 +248,7 @@ def test_progress(data: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr() == ("", "")
     C2BINClustering(4, **SMALL, verbose=True).fit(data[0])
     assert "300 rows of 8 features" in (text := capsys.readouterr().out)
-    assert text.count("epoch ") == 10
+    assert 10 < text.count("epoch ") <= 20
 
 
 def test_neighbours_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
