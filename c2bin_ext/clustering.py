@@ -79,8 +79,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     """Clusters of the fixed features of a pretrained network, at several scales.
 
     Formula: minimises `Σ_K (L_bca + λ_ent L_ent)`, Eq. 5-6, over one head for each K, where the
-    second view of an image is one of its mutual nearest neighbours or, with `views`, an augmented
-    view of one.
+    second view of an image is one of its nearest neighbours or, with `views`, an augmented view of
+    one that is mutual: each is among the nearest of the other.
 
     Features are standardised, projected to their first 256 principal directions and L2-normalised;
     these are held, n x 256 float32 (and as many for each of `views`), and never an n x n matrix. X
@@ -207,7 +207,11 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             parts = _checked_views(views, n, d)
             second = torch.stack([self._projected(part, "views") for part in parts]).to(device)
         progress("neighbours")
-        neighbors = _mutual(_nearest(rows, min(self.n_neighbors, n - 1), seeds[0]))
+        nearest = _nearest(rows, min(self.n_neighbors, n - 1), seeds[0])
+        # Where nothing but the neighbour differs between the views, more of them serve better than
+        # mutual ones, which are nearer to being of one class.
+        everyone = nearest, torch.full_like(nearest[:, 0], nearest.shape[1])
+        neighbors = everyone if views is None else _mutual(nearest)
         progress("k-means, to start from")
         start = [_k_means(rows, k, seeds[0]) for k in scales]
         best: _Run | None = None

@@ -43,7 +43,7 @@ class AtLeastTwo(C2BINClustering):
 
 # Checks of 20 rows and 2 features collapse a head now and then, and are warned.
 @pytest.mark.filterwarnings("ignore:Scale . of")
-@parametrize_with_checks([AtLeastTwo(n_clusters=2, hidden_features=8, max_epochs=2)])
+@parametrize_with_checks([AtLeastTwo(n_clusters=2, hidden_features=16, max_epochs=20)])
 def test_scikit_learn(estimator: C2BINClustering, check: Callable[[Any], None]) -> None:
     check(estimator)
 
