@@ -108,8 +108,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         labels_: (n,), the cluster of every training row at the first scale.
         labels_per_scale_: the same for every scale.
-        loss_: the smallest loss of an epoch's mean, of the run that was kept.
-        losses_: the loss of every epoch of that run.
+        losses_: the mean loss of every epoch of the run that was kept.
+        loss_: the last of them.
         n_iter_: how many epochs it took.
         head_: the trained `MultiScaleClusterHead` of the projected features, on the CPU.
         mean_: (d,), subtracted from features.
@@ -204,18 +204,18 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         rows = self._projected(values, "X").to(device)
         second = rows[None]
         if views is not None:
-            parts = _checked_views(views, n, d)
-            second = torch.stack([self._projected(part, "views") for part in parts]).to(device)
+            stored = _checked_views(views, n, d)
+            second = torch.stack([self._projected(view, "views") for view in stored]).to(device)
         progress("neighbours")
         nearest = _nearest(rows, min(self.n_neighbors, n - 1), seeds[0])
         # Where nothing but the neighbour differs between the views, more of them serve better than
         # mutual ones, which are nearer to being of one class.
         everyone = nearest, torch.full_like(nearest[:, 0], nearest.shape[1])
         neighbors = everyone if views is None else _mutual(nearest)
-        progress("k-means, to start from")
-        start = [_k_means(rows, k, seeds[0]) for k in scales]
         best: _Run | None = None
         for seed in seeds[1:]:
+            progress("k-means, to start from")
+            start = [_k_means(rows, k, seed) for k in scales]
             run = self._train(second, neighbors, start, scales, seed, progress)
             if best is None or run.loss < best.loss:
                 best = run
@@ -224,11 +224,12 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         assert best is not None
         self.head_ = best.head.cpu().double().eval()
         self.losses_, self.loss_, self.n_iter_ = best.losses, best.loss, len(best.losses)
-        assigned = [self._assign(block) for block in _blocks(values, "X")]
-        self.labels_per_scale_ = [
-            np.concatenate([part[scale].argmax(dim=1).numpy() for part in assigned])
-            for scale in range(len(scales))
+        # One block's assignments at a time: those of all rows and scales may not fit.
+        labels = [
+            [scale.argmax(dim=1).numpy() for scale in self._assign(block)]
+            for block in _blocks(values, "X")
         ]
+        self.labels_per_scale_ = [np.concatenate(parts) for parts in zip(*labels, strict=True)]
         self.labels_ = self.labels_per_scale_[0]
         _warn_of_collapse(self.labels_per_scale_, scales)
         return self
