@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +186,25 @@ def run(method: Method, data: Data, k: int, seed: int) -> dict[str, Any]:
     return result
 
 
-def kept_run(method: Method, data: Data, k: int, seed: int, cache: Path, digest: str) -> Any:
+def kept_run(method: Method, data: Data, k: int, seed: int, folder: Path, digest: str) -> Any:
     """Return a run that was finished before, or finish it and keep it."""
-    about = [asdict(method), k, seed, digest, c2bin_ext.__version__]
+    about = [asdict(method), k, seed, digest, code()]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
-    path = cache / "runs" / f"{key}.json"
+    path = folder / "runs" / f"{key}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     result = {"seed": seed, **run(method, data, k, seed)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(result))
     return result
+
+
+@cache
+def code() -> str:
+    """Return a digest of the code that a run depends on, so that a change of it runs again."""
+    files = sorted(Path(c2bin_ext.__file__).parent.glob("*.py"))
+    files += [Path(__file__).with_name(name) for name in ("methods.py", "rivals.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def write(path: Path, text: str) -> None:
