@@ -269,6 +269,15 @@ def test_neighbours_of_many_rows_are_of_their_part(monkeypatch: pytest.MonkeyPat
     assert float(similarity.mean()) > 0.5
 
 
+def test_batches_are_random_and_pass_through_all_rows() -> None:
+    source = torch.Generator().manual_seed(0)
+    batches = clustering._batches(10, 5, source, torch.device("cpu"))
+    first, second = (torch.cat([next(batches), next(batches)]).tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert first != list(range(10))
+
+
 def test_mutual_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "_PART", 30)
     nearest = torch.tensor([[1, 2], [0, 2], [3, 1], [2, 0], [0, 1]])
