@@ -54,6 +54,7 @@ examples: setup  ## every example by its command, at a size that only shows that
 	$(BIN)/python examples/lightly_module.py --epochs 2
 	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/two_ranks.py
 	$(BIN)/python examples/micro_batches.py
+	$(BIN)/python examples/cluster_features.py --epochs 5
 	$(BIN)/python examples/benchmarks/loss_cost.py --rounds 3 --seconds 0
 	$(BIN)/python examples/benchmarks/distributed_cost.py --rounds 3
 	$(BIN)/python examples/benchmarks/step_cost.py --host lightly --batch-size 4 --rounds 1

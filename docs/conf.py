@@ -39,7 +39,7 @@ extensions = [
     "myst_nb",
     "docstrings",
 ]
-exclude_patterns = ["_drafts", "results/**.md", "_ext"]
+exclude_patterns = ["results/**.md", "_ext"]
 nitpicky = True
 # Torch's and Python's own names have no page here unless intersphinx is on.
 nitpick_ignore_regex = [

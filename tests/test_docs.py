@@ -32,7 +32,7 @@ ROOT = Path(c2bin_ext.__file__).parent.parent
 SITE = sorted(
     page
     for page in (ROOT / "docs").rglob("*.md")
-    if page.relative_to(ROOT / "docs").parts[0] not in ("results", "_drafts")
+    if page.relative_to(ROOT / "docs").parts[0] != "results"
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SITE]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

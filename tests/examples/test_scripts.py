@@ -83,6 +83,7 @@ def test_two_ranks() -> None:
     [
         ("plain_pytorch.py", ["--steps", 20], ["kNN(5): 0.9", "ACC of the 10-cluster head"]),
         ("check_a_loss.py", [], ["flipped_entropy", "ntxent_of_clusters"]),
+        ("cluster_features.py", ["--epochs", 2, "--clusters", 10, 20], ["20 clusters:", "digits:"]),
         ("benchmarks/distributed_cost.py", ["--rounds", 3], ["| 1024 | 262,144 | 32, 64, 128 |"]),
         (
             "benchmarks/step_cost.py",
