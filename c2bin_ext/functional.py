@@ -375,7 +375,8 @@ def c2bin_loss(
         targets: (z0, z1), the follower's projector outputs, each (n, d). p0 is aligned with z1
             and p1 with z0.
         assignments: (heads of view 0, heads of view 1), see `multi_scale_cluster_loss`.
-        cluster_weight, entropy_weight: λ_clust >= 0 and λ_ent >= 0.
+        cluster_weight: λ_clust >= 0.
+        entropy_weight: λ_ent >= 0.
         temperature, similarity, positive_in_denominator, symmetric: see `bca_contrastive_loss`.
         symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
             the first, as printed, and p1 and z0 are not read.

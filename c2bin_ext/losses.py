@@ -229,7 +229,8 @@ class C2BINLoss(_Loss):
     Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
 
     Args:
-        cluster_weight, entropy_weight: λ_clust >= 0 and λ_ent >= 0.
+        cluster_weight: λ_clust >= 0.
+        entropy_weight: λ_ent >= 0.
         temperature, similarity, positive_in_denominator, symmetric: see `BCAContrastiveLoss`.
         symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
             the first, as printed, and p1 and z0 are not read.
