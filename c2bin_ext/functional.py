@@ -115,7 +115,7 @@ def bootstrap_alignment_loss(
     """
     _check_embeddings("prediction", prediction, "target", target, validate_args)
     sums = BatchStatistics.of([(prediction, target)])
-    return _formulas.alignment(_total(sums, gather_distributed, validate_args))
+    return _formulas.alignment(_total(sums, gather_distributed))
 
 
 def cluster_assignments(logits: Tensor, num_clusters: Sequence[int]) -> tuple[Tensor, ...]:
@@ -212,7 +212,7 @@ def bca_contrastive_loss(
     _checks.not_logits(views)
     heads = [[view] for view in views.values()]
     sums = BatchStatistics.of(views=heads, contrast=similarity, balance=False)
-    total = _total(sums, gather_distributed, validate_args)
+    total = _total(sums, gather_distributed)
     return _formulas.cluster_terms(total, options)[0]
 
 
@@ -286,7 +286,7 @@ def cluster_entropy_regularizer(
     _check_assignments("assignments", assignments, validate_args)
     sums = BatchStatistics.of(views=[[assignments]])
     _checks.not_logits({"assignments": assignments}, sums.mass)
-    total = _total(sums, gather_distributed, validate_args)
+    total = _total(sums, gather_distributed)
     return _reduced(_formulas.cluster_terms(total)[1], total, reduction)
 
 
@@ -343,7 +343,7 @@ def multi_scale_cluster_loss(
     _checks.options(entropy_weight=entropy_weight, reduction=reduction)
     options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
     sums = _batch(assignments, target_assignments, similarity, validate_args)
-    total = _total(sums, gather_distributed, validate_args)
+    total = _total(sums, gather_distributed)
     return _cluster_terms(total, options, entropy_weight, reduction)
 
 
@@ -414,7 +414,7 @@ def c2bin_loss(
     options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
     aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
     sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
-    total = _total(sums, gather_distributed, validate_args, statistics)
+    total = _total(sums, gather_distributed, statistics, validate_args)
     alignment = _formulas.alignment(total)
     clusters = _cluster_terms(total, options, entropy_weight, reduction)
     loss = torch.add(alignment, clusters.loss, alpha=cluster_weight)
@@ -474,7 +474,7 @@ def c2bin_statistics(
     with torch.no_grad():
         aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
         sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
-        return _total(sums, gather_distributed, validate_args).flat()
+        return _total(sums, gather_distributed).flat()
 
 
 def _contrast_options(
@@ -524,8 +524,8 @@ def _batch(
 def _total(
     own: BatchStatistics,
     gather_distributed: bool,
-    validate_args: bool,
     statistics: Tensor | None = None,
+    validate_args: bool = False,
 ) -> BatchStatistics:
     """Return the sums that the loss is taken of: over micro-batches, over ranks, or as they are."""
     _checks.options(gather_distributed=gather_distributed)

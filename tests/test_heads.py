@@ -261,3 +261,12 @@ class TestHidden:
     def test_type(self, wrong: Any, complains: Any) -> None:
         with complains(TypeError, "hidden_features: expected an int >= 1", type(wrong).__name__):
             MultiScaleClusterHead(6, hidden_features=wrong)
+
+
+def test_what_repr_says() -> None:
+    plain, full = (
+        MultiScaleClusterHead(6),
+        MultiScaleClusterHead(6, normalize=True, hidden_features=4),
+    )
+    assert plain.extra_repr() == "in_features=6, num_clusters=(32, 64, 128)"
+    assert full.extra_repr() == f"{plain.extra_repr()}, normalize=True, hidden_features=4"
