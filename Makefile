@@ -35,8 +35,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy c2bin_ext integrations
 
+# Files in order: those of few and long tests come first, so that both processes end together.
 unit: setup  ## doctests, unit, property, two-process and adapter tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 docs: setup  ## build the site into site/, warnings are errors
 	rm -rf site
