@@ -8,7 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +24,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from c2bin_ext import clustering
 from c2bin_ext.clustering import C2BINClustering
-
-if TYPE_CHECKING:
-    from conftest import Complains
+from tests.conftest import Complains
 
 SMALL: dict[str, Any] = {"hidden_features": 16, "max_epochs": 20, "random_state": 0}
 

@@ -132,7 +132,7 @@ def test_shards_and_scales(sizes: tuple[int, ...], numbers: tuple[int, ...]) -> 
     assert 1 <= len(sizes) <= 4
     assert min(sizes) >= 1
     assert 1 <= sum(sizes) <= 12
-    assert torch.cat(torch.zeros(sum(sizes)).split(list(sizes))).numel() == sum(sizes)  # type: ignore[no-untyped-call]
+    assert torch.cat(torch.zeros(sum(sizes)).split(list(sizes))).numel() == sum(sizes)
     assert 1 <= len(numbers) <= 3
     assert min(numbers) >= 2
 
