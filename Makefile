@@ -32,8 +32,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup
-	$(BIN)/mypy c2bin_ext integrations
+types: setup  ## of the package, the adapters, the examples and the tests
+	$(BIN)/mypy
 
 # Files in order: those of few and long tests come first, so that both processes end together.
 unit: setup  ## doctests, unit, property, two-process and adapter tests

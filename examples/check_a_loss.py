@@ -21,7 +21,8 @@ negative_cosine_similarity = NegativeCosineSimilarity()
 
 def ntxent_of_clusters(view0: Tensor, view1: Tensor) -> Tensor:
     """SimCLR's loss on the columns of two assignment matrices, as Contrastive Clustering does."""
-    return ntxent_loss(view0.T, view1.T)
+    loss: Tensor = ntxent_loss(view0.T, view1.T)
+    return loss
 
 
 def flipped_entropy(assignments: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ views of the same images, if you have them. Without a file: scikit-learn's digit
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -33,4 +34,5 @@ if not args.features:
     accuracy = clustering_accuracy(load_digits().target, model.labels_)
     print(f"digits: the first scale agrees with {100 * accuracy:.0f} % of the labels")
 if args.out:
-    np.savez(args.out, **{f"clusters_{i}": own for i, own in enumerate(model.labels_per_scale_)})
+    clusters: dict[str, Any] = {f"clusters_{i}": k for i, k in enumerate(model.labels_per_scale_)}
+    np.savez(args.out, **clusters)

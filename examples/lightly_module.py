@@ -50,7 +50,8 @@ class MyMethod(LightningModule):
         output = self.objective(predictions, targets, features, target_features=followed)
         parts = {name: value.detach() for name, value in output._asdict().items()}
         self.log_dict(parts, on_step=False, on_epoch=True)
-        return output.loss
+        loss: Tensor = output.loss
+        return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
         update_momentum(nn.ModuleList([self.backbone, self.projector]), self.follower, m=0.99)

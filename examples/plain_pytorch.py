@@ -35,7 +35,7 @@ projector, predictor = mlp(1024, 64), mlp(64, 64)
 objective = C2BINObjective(in_features=1024, num_clusters=(10, 20, 40))  # cluster heads and loss
 runner = nn.Sequential(backbone, projector)  # the online network
 average = AveragedModel(runner, multi_avg_fn=get_ema_multi_avg_fn(0.99)).requires_grad_(False)
-follower_backbone, follower_projector = average.module  # the EMA target network
+follower_backbone, follower_projector = average.module.children()  # the EMA target network
 optimizer = torch.optim.AdamW(nn.ModuleList([runner, predictor, objective]).parameters(), lr=1e-3)
 
 for step in range(1, steps + 1):

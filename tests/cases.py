@@ -103,17 +103,20 @@ class Batch:
     seed: int = 0
 
     def embeddings(self, seed: int, d: int = 4) -> tuple[Tensor, Tensor]:
-        first, second = (self.seed + seed + view for view in range(2))
-        return tuple(random_embeddings(self.n, d, s, self.dtype) for s in (first, second))
+        first, second = (
+            random_embeddings(self.n, d, self.seed + seed + view, self.dtype) for view in range(2)
+        )
+        return first, second
 
     def views(self, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return tuple(
+        first, second = (
             tuple(
                 self.assignments(self.n, k, self.seed + seed + 10 * view + i, self.dtype)
                 for i, k in enumerate(self.heads)
             )
             for view in range(2)
         )
+        return first, second
 
 
 def _alignment(batch: Batch) -> tuple[Any, ...]:
@@ -232,7 +235,7 @@ class Case:
         """Values, and gradients as `evaluate` returns them, by the oracle's loops."""
         numbers = tree_map(rows, arguments)
         head, fixed = (described(module) for _ in range(2))
-        more = {} if head is None else {"head": head}
+        more: dict[str, Any] = {} if head is None else {"head": head}
         if head is not None and self.oracle is oracle.objective:
             more["target_head"] = fixed
 

@@ -161,11 +161,11 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="checkpoint: there is no file"):
         load_backbone(tmp_path / "none.ckpt", network())
     with pytest.raises(TypeError, match=r"backbone: expected a torch.nn.Module, got str"):
-        load_backbone({}, "resnet18")  # type: ignore[arg-type]
+        load_backbone({}, "resnet18")
     message = (
         "checkpoint: expected a path, a state dict or a mapping that holds one under 'state_dict'"
     )
     with pytest.raises(TypeError, match=f"^{message}, got int$"):
-        load_backbone(3, network())  # type: ignore[arg-type]
+        load_backbone(3, network())
     with pytest.raises(TypeError, match=r"expected a mapping under 'state_dict', got list"):
         load_backbone({"state_dict": []}, network())

@@ -106,7 +106,7 @@ def test_functions_check_their_options(case: Case, complains: Any) -> None:
 
 def test_bias_flag() -> None:
     with pytest.raises(TypeError) as caught:
-        MultiScaleClusterHead(4, (2,), bias=0)  # type: ignore[arg-type]
+        MultiScaleClusterHead(4, (2,), bias=0)
     assert str(caught.value) == "bias: expected True or False, got 0 of type int"
 
 
@@ -238,11 +238,11 @@ def test_tolerance_of_row_sums(scale: float, fails: bool) -> None:
 def pairs_of(wrong: int, place: int, tensor: torch.Tensor) -> dict[str, Any]:
     """The arguments of the objective with one tensor exchanged."""
     x, heads = torch.eye(2), (torch.eye(2), torch.ones(2, 3) / 3)
-    given = [[x, x], [x, x], [list(heads), list(heads)]]
+    given: list[list[Any]] = [[x, x], [x, x], [list(heads), list(heads)]]
     if wrong < 2:
         given[wrong][place] = tensor
     else:
-        given[2][place][1] = tensor  # type: ignore[call-overload]
+        given[2][place][1] = tensor
     return dict(zip(("predictions", "targets", "assignments"), given, strict=True))
 
 

@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from c2bin_ext import clustering
+from c2bin_ext import MultiScaleClusterLoss, clustering
 from c2bin_ext.clustering import C2BINClustering
 from tests.conftest import Complains
 
@@ -213,7 +213,7 @@ def test_ends_when_the_loss_does(data: tuple[Any, Any]) -> None:
 
 
 def test_interrupted(data: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    criterion = clustering.MultiScaleClusterLoss
+    criterion = MultiScaleClusterLoss
     calls = iter(range(1000))
 
     def interrupted(*args: Any) -> Any:

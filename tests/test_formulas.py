@@ -195,7 +195,7 @@ class TestTemperatures:
         [*itertools.product((True, False), (True, False), (1e-3, 0.033, 1 / 30, 0.034, 0.5, 2.0))],
     )
     def test_gradient(self, positive: bool, symmetric: bool, temperature: float) -> None:
-        options = {"positive_in_denominator": positive, "symmetric": symmetric}
+        options: dict[str, Any] = {"positive_in_denominator": positive, "symmetric": symmetric}
         options |= {"temperature": temperature}
 
         def loss(*pair: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ class TestEmptyColumns:
 def test_forward_mode_of_half_inputs() -> None:
     first, second = (view.detach().half() for view in views())
     for call in (bca_contrastive_loss, bootstrap_alignment_loss):
-        _, slope = torch.func.jvp(lambda x, call=call: call(x, second), (first,), (second,))
+        slope = torch.func.jvp(lambda x, call=call: call(x, second), (first,), (second,))[1]
         wide = [first.double(), second.double()]
         expected = differences(lambda x, c=call, y=wide[1]: c(x, y), wide[:1], wide[1:])
         torch.testing.assert_close(slope.double(), expected, rtol=2e-2, atol=2e-3)

@@ -281,7 +281,8 @@ class TestCost:
 
     @over(cases=ASSIGNED, where=lambda case: "entropy " not in case.name[:8])
     def test_one_gram_matrix_per_contrasted_pair(self, case: Case) -> None:
-        arguments, heads = case.arguments(self.n, heads=self.heads), self.heads
+        arguments = case.arguments(self.n, heads=self.heads)
+        heads: tuple[int, ...] = self.heads
         with Recorder() as recorder:
             case.build()(*arguments)
         grams = [

@@ -80,7 +80,9 @@ def test_scores_are_those_of_all_batches_together(batch: int) -> None:
 def test_what_pads_a_share_is_not_counted(rank: int) -> None:
     view, other, labels = data()
     items = TensorDataset(torch.arange(IMAGES))
-    sampler = DistributedSampler(items, num_replicas=4, rank=rank, shuffle=False)
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        items, num_replicas=4, rank=rank, shuffle=False
+    )
     share = list(sampler)
     own = list(range(rank, IMAGES, 4))  # 23 images on 4 ranks: the last one repeats an image
     assert share == [*own, *([0] if rank == 3 else [])]
@@ -133,7 +135,9 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     join(rank, ranks, folder)
     view, other, labels = data()
     dataset = TensorDataset(*view, *other, labels)
-    sampler = DistributedSampler(dataset, ranks, rank, shuffle=True, seed=5)
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, ranks, rank, shuffle=True, seed=5
+    )
     # Batches of another size on each rank: the pass, not the batch, is what is scored.
     loader = DataLoader(dataset, batch_size=2 + rank, sampler=sampler)
     monitor = ClusterMonitor(HEADS)

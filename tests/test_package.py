@@ -95,7 +95,7 @@ def test_version() -> None:
 
 def test_citation_has_the_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == c2bin_ext.__version__  # type: ignore[index]
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == c2bin_ext.__version__
 
 
 def test_main_prints_what_is_installed(
@@ -193,7 +193,7 @@ def test_other_docstrings() -> None:
             assert f"{field}:" in (inspect.getdoc(item) or "")
     assert inspect.getdoc(c2bin_ext.C2BINLoss.paper)
     assert inspect.getdoc(c2bin_ext.MultiScaleClusterHead.logits)
-    for item in (c2bin_ext.C2BINLoss, c2bin_ext.C2BINObjective):
-        text = inspect.getdoc(item.statistics) or ""
+    for kind in (c2bin_ext.C2BINLoss, c2bin_ext.C2BINObjective):
+        text = inspect.getdoc(kind.statistics) or ""
         assert re.match(r"\S.*\.\n\n", text)
         assert ">>> " in text

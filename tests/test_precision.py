@@ -176,7 +176,7 @@ class TestFunctions:
         features = (1e4 * random_embeddings(6, 5)).clamp(-3e4, 3e4).to(dtype)
         with context(where):
             assignments = head(features)
-            loss = sum(cluster_entropy_regularizer(part) for part in assignments)
+            loss: Any = sum(cluster_entropy_regularizer(part) for part in assignments)
             loss = loss + sum(bca_contrastive_loss(part, part.flip(1)) for part in assignments)
         for part in assignments:
             close(part.sum(dim=1), torch.ones_like(part[:, 0]), 1e-5)

@@ -97,8 +97,12 @@ class TestFunctions:
     def test_modules_hand_on_their_options(
         self, similarity: str, symmetric_alignment: bool
     ) -> None:
-        *inputs, fixed = CASES["objective and follower"].arguments()
-        options = {"similarity": similarity, "symmetric_alignment": symmetric_alignment}
+        predictions, targets, heads, fixed = CASES["objective and follower"].arguments()
+        inputs = (predictions, targets, heads)
+        options: dict[str, Any] = {
+            "similarity": similarity,
+            "symmetric_alignment": symmetric_alignment,
+        }
         for given in (None, fixed):
             expected = c2bin_statistics(*inputs, **options, target_assignments=given)
             close(C2BINLoss(**options).statistics(*inputs, given), expected, 0)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class Traffic:
             self.sent += int(ring_all_gather(tensor.numel() * tensor.element_size(), world))
             return self._all_gather(tensors, tensor, *args, **kwargs)
 
-        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+        dist.all_reduce, dist.all_gather = all_reduce, cast(Any, all_gather)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -77,7 +77,8 @@ def clusters_of(**options: Any) -> Candidate:
 def clusters_against_follower(logits: Logits) -> Tensor:
     with torch.no_grad():
         fixed = heads_of(logits)
-    return MultiScaleClusterLoss()(heads_of(logits), target_assignments=fixed).loss
+    loss: Tensor = MultiScaleClusterLoss()(heads_of(logits), target_assignments=fixed).loss
+    return loss
 
 
 def cluster_terms(**options: Any) -> Candidate:
@@ -114,7 +115,8 @@ def heads_of(logits: Logits) -> tuple[tuple[Tensor, ...], ...]:
 def objective(logits: Logits) -> Tensor:
     first = logits[0][0]
     embeddings = (first.new_ones(len(first), EMBEDDING),) * 2
-    return C2BINLoss()(embeddings, embeddings, heads_of(logits)).loss
+    loss: Tensor = C2BINLoss()(embeddings, embeddings, heads_of(logits)).loss
+    return loss
 
 
 def against_follower(logits: Logits) -> Tensor:
@@ -124,7 +126,9 @@ def against_follower(logits: Logits) -> Tensor:
     with torch.no_grad():
         fixed = heads_of(logits)
     heads = heads_of(logits)
-    return C2BINLoss()(embeddings, embeddings, heads, target_assignments=fixed).loss
+    found = C2BINLoss()(embeddings, embeddings, heads, target_assignments=fixed)
+    loss: Tensor = found.loss
+    return loss
 
 
 def swav(logits: Logits) -> Tensor:
@@ -137,7 +141,8 @@ def swav(logits: Logits) -> Tensor:
 def ntxent(logits: Logits) -> Tensor:
     """NT-Xent between instances; the embeddings are columns of logits, repeated to the width."""
     a, b = (view.repeat(1, -(-EMBEDDING // view.shape[1]))[:, :EMBEDDING] for view in logits[0])
-    return NTXentLoss(temperature=0.5)(a, b)
+    loss: Tensor = NTXentLoss(temperature=0.5)(a, b)
+    return loss
 
 
 def stacked_cosine(logits: Logits) -> Tensor:
@@ -186,7 +191,7 @@ def candidates_for(
             "`ClusterEntropyRegularizer`": entropy_alone,
         }
         if compiled:
-            options = {"fullgraph": True, "dynamic": False}
+            options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
             found |= {
                 f"{CLUSTERS}, compiled": torch.compile(clusters_of(), **options),
                 f"{WHOLE}, compiled": torch.compile(objective, **options),
@@ -214,7 +219,7 @@ def timed(run: Candidate, logits: Logits) -> float:
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     _wait(device)
     start = clock()
-    run(logits).backward()  # type: ignore[no-untyped-call]
+    run(logits).backward()
     _wait(device)
     return clock() - start
 
@@ -234,7 +239,7 @@ def peak_bytes(run: Candidate, logits: Logits) -> int:
     kind = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kind, profile_memory=True) as profile:
         timed(run, logits)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     now = largest = 0
     for _, change in changes:
@@ -259,7 +264,8 @@ class Operators(TorchDispatchMode):
 
 
 def operators(run: Candidate, logits: Logits) -> int:
-    with Operators() as counter:
+    counter = Operators()
+    with counter:
         timed(run, logits)
     return counter.count
 

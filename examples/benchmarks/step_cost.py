@@ -56,7 +56,7 @@ def solo_steps(device: torch.device) -> dict[str, Step]:
         def step(view0: Tensor, view1: Tensor) -> Tensor:
             optimizer.zero_grad()
             n = len(view0)
-            loss = model.training_step([None, [view0, view1], labels[:n]], 0)
+            loss: Tensor = model.training_step([None, [view0, view1], labels[:n]], 0)
             loss.backward()
             optimizer.step()
             for pair in model.momentum_pairs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ def lightly_steps(device: torch.device) -> dict[str, Step]:
     from lightly.models.utils import update_momentum
     from torchvision.models import resnet18
 
-    def step_of(method: type[BYOL]) -> Step:
+    def step_of(method: Callable[..., Any]) -> Step:
         torch.manual_seed(0)
         backbone = resnet18()
         backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -30,7 +31,7 @@ def lightly_steps(device: torch.device) -> dict[str, Step]:
 
         def step(view0: Tensor, view1: Tensor) -> Tensor:
             optimizer.zero_grad()
-            loss = model.training_step(((view0, view1), None), 0)
+            loss: Tensor = model.training_step(((view0, view1), None), 0)
             loss.backward()
             optimizer.step()
             update_momentum(model.backbone, model.follower_backbone, m=0.99)

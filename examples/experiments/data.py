@@ -211,12 +211,12 @@ def from_folder(folder: Path, size: int, skip_corrupt: bool) -> Images:
             raise ExperimentError(
                 f"{text}. Mend or remove them, or leave them out with --skip-corrupt."
             )
-        for part, (_, labels_read) in zip(parts, read, strict=True):
+        for where, (_, labels_read) in zip(parts, read, strict=True):
             counts = labels_read.bincount(minlength=len(classes)).tolist()
             for name, count in zip(classes, counts, strict=True):
                 if count < 2:
                     raise ExperimentError(
-                        f"{text}. Without them {part / name} has {count} images; a class needs 2."
+                        f"{text}. Without them {where / name} has {count} images; a class needs 2."
                     )
     tensors = [(as_tensor(images), labels) for images, labels in read]
     notes = [f"left out, unreadable: {listed(corrupt)}"] if corrupt else []

@@ -177,7 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="only check that all works, in seconds: 320 images, 2 epochs; scores mean nothing",
     )
     parser.set_defaults(curves=True, keep=True)
-    args = parser.parse_args(argv)
+    args: argparse.Namespace = parser.parse_args(argv)
     if args.smoke:
         args.limit, args.limit_test = args.limit or 320, args.limit_test or 100
     if args.epochs is None:

@@ -150,6 +150,7 @@ def through_the_module(args: argparse.Namespace, method: str, folder: Path) -> d
         )
 
     bank, val = loader(args.train_dir, still, False), loader(args.val_dir, still, False)
+    assert isinstance(bank.dataset, LightlyDataset)
     # Its 3 × 3 stem is that of small images.
     net, features = backbone(args.backbone, 32 if args.stem == "cifar" else 224)
     options: dict[str, Any] = {}
@@ -182,9 +183,12 @@ def through_the_module(args: argparse.Namespace, method: str, folder: Path) -> d
         num_sanity_val_steps=0,
         **common,
     )
-    trainer.fit(model, loader(args.train_dir, views, True), val, newest_checkpoint(folder))
+    trainer.fit(
+        model, loader(args.train_dir, views, True), val, ckpt_path=newest_checkpoint(folder)
+    )
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    scores = {"knn top1": found["kNN_accuracy"] / 100, "max knn top1": model.max_accuracy}
+    scores: dict[str, Any] = {"knn top1": found["kNN_accuracy"] / 100}
+    scores["max knn top1"] = model.max_accuracy
     classifier = LinearClassifier(
         model, args.batch_size_per_device, feature_dim=features, num_classes=args.num_classes
     )

@@ -141,22 +141,22 @@ class Queued(nn.Module):
         statistics: None = None,
     ) -> Any:
         """Return the loss and its parts, as `C2BINLoss` does."""
-        loss = self.loss
-        own = loss(predictions, targets, heads)
+        own, options = self.loss(predictions, targets, heads), self.loss.options()
         views = self.queue(heads)
         contrast = sum(
             bca_contrastive_loss(
                 *pair,
-                temperature=loss.temperature,
-                similarity=loss.similarity,
-                positive_in_denominator=loss.positive_in_denominator,
-                symmetric=loss.symmetric,
+                temperature=options["temperature"],
+                similarity=options["similarity"],
+                positive_in_denominator=options["positive_in_denominator"],
+                symmetric=options["symmetric"],
             )
             for pair in zip(*views, strict=True)
         )
         gaps = [cluster_entropy_regularizer(head) for view in views for head in view]
         entropy = torch.stack(gaps).sum() / 2
-        total = own.alignment + loss.cluster_weight * (contrast + loss.entropy_weight * entropy)
+        clusters = contrast + options["entropy_weight"] * entropy
+        total = own.alignment + options["cluster_weight"] * clusters
         return own._replace(loss=total, contrast=contrast, entropy=entropy)
 
 

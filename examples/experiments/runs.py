@@ -125,8 +125,9 @@ def perform(
         return None
     began = time.perf_counter()
     model.eval()
-    train = features_of(model.backbone, images.train, images.train_labels)
-    test = features_of(model.backbone, images.test, images.test_labels)
+    backbone = model.get_submodule("backbone")
+    train = features_of(backbone, images.train, images.train_labels)
+    test = features_of(backbone, images.test, images.test_labels)
     if not all(bool(part.features.isfinite().all()) for part in (train, test)):
         raise ExperimentError(f"{job.label}: the features are not finite, the training diverged")
     result = scored_by(model, job, folder, train, test)

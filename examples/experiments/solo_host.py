@@ -133,7 +133,11 @@ def run(arguments: argparse.Namespace) -> None:
             work = partial(carry_out, arguments, pretrained, stage, bar)
             found = store.run(f"{method}-seed{seed}-{what}", settings, work)
             results[method, seed] |= found or {}
-    record = {"settings": settings, "versions": versions(*PACKAGES), "hardware": hardware()}
+    record: dict[str, Any] = {
+        "settings": settings,
+        "versions": versions(*PACKAGES),
+        "hardware": hardware(),
+    }
     record["runs"] = [{"method": m, "seed": s, **results[m, s]} for m, s in runs]
     text = table(arguments, results)
     store.publish("results", record, text)

@@ -129,8 +129,7 @@ class Progress(Callback):
 
     def knn(self, module: LightningModule) -> float:
         """Return the kNN accuracy, k = 5, on an evenly spaced part of the images."""
-        images, net = self.images, module.backbone
-        assert isinstance(net, nn.Module)
+        images, net = self.images, module.get_submodule("backbone")
         train, test = -(-len(images.train) // CURVE_TRAIN), -(-len(images.test) // CURVE_TEST)
         return lightly_knn(
             features_of(net, images.train[::train], images.train_labels[::train]),
@@ -168,7 +167,8 @@ class Snapshots(Callback):
         """Write the arrays of this epoch, if it is one of them."""
         epoch = trainer.current_epoch + 1
         if epoch in self.epochs:
-            test = features_of(pl_module.backbone, self.images.test, self.images.test_labels)
+            net = pl_module.get_submodule("backbone")
+            test = features_of(net, self.images.test, self.images.test_labels)
             save_arrays(self.folder / f"epoch{epoch}.npz", pl_module, test)
 
 
@@ -180,7 +180,8 @@ def own_heads(model: LightningModule, features: Tensor) -> list[Tensor]:
 
 def save_arrays(path: Path, model: LightningModule, test: Features) -> None:
     """Write features and assignments so that the file is there whole or not at all."""
-    arrays = {f"head{i}": p.cpu() for i, p in enumerate(own_heads(model, test.features))}
+    heads = own_heads(model, test.features)
+    arrays: dict[str, Any] = {f"head{i}": p.cpu() for i, p in enumerate(heads)}
     part = path.with_suffix(".part.npz")
     np.savez_compressed(part, test=test.features.cpu().numpy(), **arrays)
     part.replace(path)

@@ -35,6 +35,8 @@ def weights(path: Path) -> dict[str, Any]:
 
 
 class TestSmoke:
+    stdout: str
+
     @pytest.fixture(scope="class")
     @classmethod
     def out(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -135,8 +137,10 @@ class TestSmoke:
         assert (out / "results.json").read_bytes() == before
 
 
-TINY = ("--limit", 64, "--limit-test", 30, "--batch-size", 32, "--epochs", 3, "--num-clusters", 4)
-TINY += ("--methods", "mocov2", "c2bin")
+TINY = (
+    *("--limit", 64, "--limit-test", 30, "--batch-size", 32, "--epochs", 3, "--num-clusters", 4),
+    *("--methods", "mocov2", "c2bin"),
+)
 
 
 class TestResume:

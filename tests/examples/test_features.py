@@ -156,7 +156,12 @@ def test_extraction_is_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.M
     from experiments.features import extraction, images, networks
 
     loaded: list[str] = []
-    monkeypatch.setattr(networks, "load", lambda name, size: loaded.append(name) or Means())
+
+    def load(name: str, size: int) -> Means:
+        loaded.append(name)
+        return Means()
+
+    monkeypatch.setattr(networks, "load", load)
     monkeypatch.setattr(extraction, "BLOCK", 4)
     digits = images.load("digits").some(range(10))
     features, views = extraction.Extractor("means", 16, tmp_path).features(digits, views=2)

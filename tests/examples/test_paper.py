@@ -296,7 +296,7 @@ class TestOracle:
         torch.manual_seed(0)
         model = OracleSimCLR(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), 8, hidden_dim=8)
         logged: dict[str, Any] = {}
-        model.log_losses = lambda losses, n: logged.update(losses, n=n)  # type: ignore[method-assign]
+        model.log_losses = lambda losses, batch_size: logged.update(losses, n=batch_size)
         views = tuple(torch.rand(2, 6, 3, 2, 2))
         alone = model.training_step((views, torch.zeros(6, dtype=torch.long)), 0)
         apart = model.training_step((views, torch.arange(6)), 0)
@@ -325,12 +325,12 @@ def test_linear_evaluation_trains_each_rate_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(4, 6, generator=generator)
     labels = torch.arange(4).repeat(40)
-    parts = [
+    train, test = (
         Features(centres[labels] + torch.randn(160, 6, generator=generator), labels)
         for _ in range(2)
-    ]
-    rates, together = (0.5, 5.0, 50.0), []
-    together = linear_evaluation(*parts, epochs=12, rates=rates, batch_size=50, seed=3)
+    )
+    rates = (0.5, 5.0, 50.0)
+    together = linear_evaluation(train, test, epochs=12, rates=rates, batch_size=50, seed=3)
     for rate, ours in zip(rates, together, strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(3)
@@ -347,12 +347,10 @@ def test_linear_evaluation_trains_each_rate_alone() -> None:
         for _ in range(12):
             for batch in torch.randperm(160, generator=order).split(50):
                 optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(
-                    classifier(parts[0].features[batch]), labels[batch]
-                )
+                loss = nn.functional.cross_entropy(classifier(train.features[batch]), labels[batch])
                 torch.autograd.backward(loss)
                 optimizer.step()
-        right = classifier(parts[1].features).argmax(dim=1) == labels
+        right = classifier(test.features).argmax(dim=1) == labels
         assert ours == pytest.approx(float(right.float().mean()), abs=0.01)
     assert len(set(together)) > 1
 

@@ -449,7 +449,7 @@ def test_every_epoch_has_an_order_of_its_own(
     """Batches of an epoch share no image; seed and epoch decide the order."""
     monkeypatch.setattr(training._Progress, "on_train_epoch_end", lambda *_: None)
     pixels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
-    orders = []
+    orders: list[list[list[int]]] = []
     for seed in (0, 0, 1):
         seen: list[list[int]] = []
 

@@ -443,7 +443,7 @@ class TestCifarForm:
 
     @pytest.mark.parametrize("where", ["bank", "validation"])
     def test_what_cannot_be_scored_is_refused(self, name: str, where: str, complains: Any) -> None:
-        loaders = {"bank": batches(), "validation": batches(12)}
+        loaders: dict[str, Any] = {"bank": batches(), "validation": batches(12)}
         loaders[where].dataset.labels[3] = -1
         told = {"bank": "dataloader_kNN", "validation": "validation images"}[where]
         with complains(ValueError, told, "class", "below 0"):
@@ -538,7 +538,12 @@ class TestScoresOfHeads:
         model = c2bin_lightly.C2BIN(backbone(), 8, num_clusters=(3, 5), hidden_dim=12)
         seen: list[Tensor] = []
         update = model.monitor.update
-        model.monitor.update = lambda a, labels, o: (seen.append(labels), update(a, labels, o))
+
+        def spy(assignments: Any, labels: Tensor, other_view: Any = None) -> None:
+            seen.append(labels)
+            update(assignments, labels, other_view)
+
+        model.monitor.update = spy
         trainer(num_sanity_val_steps=0).fit(model, batches(views=2), [batches(24), batches(10)])
         assert sum(len(labels) for labels in seen) == 10
 

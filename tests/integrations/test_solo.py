@@ -373,10 +373,12 @@ class TestTraining:
             fit, model = trainer(tmp_path, epochs), C2BIN(config(**still))
             first: list[int] = []
             step = model.training_step
-            model.training_step = lambda batch, batch_idx: (
-                first.append(int(batch[0][0])),
-                step(batch, batch_idx),
-            )[1]
+
+            def spy(batch: Any, batch_idx: int) -> Any:
+                first.append(int(batch[0][0]))
+                return step(batch, batch_idx)
+
+            model.training_step = spy
             fit.fit(model, batches, **options)
             return fit, model, first
 
@@ -421,7 +423,7 @@ class TestTraining:
         seen: list[int] = []
         update = model.cluster_monitor.update
 
-        def spy(assignments: Any, labels: Tensor, other_view: Any) -> None:
+        def spy(assignments: Any, labels: Tensor, other_view: Any = None) -> None:
             seen.append(len(labels))
             update(assignments, labels, other_view)
 

@@ -540,14 +540,20 @@ def test_inside_another_property() -> None:
 
 
 def test_sums_over_shards() -> None:
+    def several(a: Tensor, b: Tensor) -> Any:
+        return a.T @ b, b.sum()
+
+    def one_is_a_mean(a: Tensor, b: Tensor) -> Any:
+        return [a.sum(), b.mean() * b.shape[1]]
+
     check_additive_over_shards(functional.cluster_mass)
-    check_additive_over_shards(lambda a, b: (a.T @ b, b.sum()), PAIR)
+    check_additive_over_shards(several, PAIR)
     with pytest.raises(InvariantError, match="from sums over shards") as caught:
         check_additive_over_shards(lambda view: view.mean(dim=0))
     assert caught.value.example["assignments"].shape == (2, 2)
     assert caught.value.example["shards"] == (1, 1)
     with pytest.raises(InvariantError, match=r"from sums over shards .*2.*, whole .*1"):
-        check_additive_over_shards(lambda a, b: [a.sum(), b.mean() * b.shape[1]], PAIR)
+        check_additive_over_shards(one_is_a_mean, PAIR)
     nearly = lambda view: view.sum() + 1e-3  # noqa: E731
     with pytest.raises(InvariantError):
         check_additive_over_shards(nearly)

@@ -300,10 +300,11 @@ def compare(args: argparse.Namespace) -> int:
     settings = {
         **data.about,
         **{"table": args.table, "train": len(data.train), "test": len(data.test), "k": k},
-        **{"d": data.train.shape[1], "view_count": len(data.views) if seen else 0},
+        **{"d": data.train.shape[1], "view_count": len(data.views or ())},
         **{"seeds": args.seeds, "hardware": hardware()},
     }
-    digest, results = data.digest(), {method.name: [] for method in methods}
+    digest = data.digest()
+    results: dict[str, list[Any]] = {method.name: [] for method in methods}
     # Seed by seed, so that a table of fewer seeds is there early.
     plan = [(m, seed) for seed in args.seeds for m in methods if m.seeded or seed == args.seeds[0]]
     for method, seed in (bar := tqdm(plan, unit="run")):

@@ -102,7 +102,7 @@ class Extractor:
     def _batches(self, pictures: Pictures, view: int, start: int, stop: int) -> Iterator[Tensor]:
         if self._loaded is None:
             self._loaded = networks.load(self.name, self.size)
-            self._loaded.features.to(self.device, memory_format=torch.channels_last)
+            self._loaded.features.to(self.device).to(memory_format=torch.channels_last)
         network = self._loaded
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (network.mean, network.std))
         augment = augmentation(self.size) if view else None

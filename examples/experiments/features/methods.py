@@ -38,7 +38,7 @@ class Method:
         return (C2BINClustering if start == "k-means" else RandomStart)(**options)
 
 
-class RandomStart(C2BINClustering):  # type: ignore[misc]
+class RandomStart(C2BINClustering):
     """Heads that do not start from k-means."""
 
     _warm_up = 0

@@ -105,7 +105,7 @@ LOSSES: dict[str, Callable[[tuple[Heads, Heads]], Loss]] = {
 }
 
 
-class OtherLoss(C2BINClustering):  # type: ignore[misc]
+class OtherLoss(C2BINClustering):
     """`C2BINClustering` in everything but its loss."""
 
     def __init__(self, loss: str = "IIC", **options: Any) -> None:

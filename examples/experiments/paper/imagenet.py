@@ -95,8 +95,8 @@ def check_module(lab: Lab, folder: Path) -> dict[str, Any]:
     net.fc = nn.Identity()
     load_backbone(checkpoint, net)
     checkpoint.unlink()
-    features = [extract(net, DataLoader(part, BATCH)) for part in (train, val)]
-    probe = linear_probe(*features, lrs=(30.0,), epochs=5, seed=lab.seeds[0])
+    fitted, scored = (extract(net, DataLoader(part, BATCH)) for part in (train, val))
+    probe = linear_probe(fitted, scored, lrs=(30.0,), epochs=5, seed=lab.seeds[0])
     return {
         "steps": trainer.global_step,
         "loss": float(trainer.callback_metrics["train_loss"]),

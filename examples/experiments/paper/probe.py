@@ -47,8 +47,8 @@ def linear_evaluation(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first = nn.Linear(train.features.shape[1], classes).to(device)
-    weights = [nn.Parameter(first.weight.detach().clone()) for _ in rates]
-    biases = [nn.Parameter(first.bias.detach().clone()) for _ in rates]
+    weights: list[Tensor] = [nn.Parameter(first.weight.detach().clone()) for _ in rates]
+    biases: list[Tensor] = [nn.Parameter(first.bias.detach().clone()) for _ in rates]
     optimizer = LARS(
         [
             {"params": [parameter], "lr": rate, "weight_decay": decay}

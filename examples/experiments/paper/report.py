@@ -46,7 +46,7 @@ def publish(lab: Lab, name: str, settings: dict[str, Any], report: Report, secon
         *(f"In the paper's text: {UNSURE[key]}" for key in report.unsure),
     ]
     text = "\n\n".join([*report.parts, *notes])
-    everything = {"experiment": name, "settings": settings, "versions": versions()}
+    everything: dict[str, Any] = {"experiment": name, "settings": settings, "versions": versions()}
     everything |= {"hardware": hardware(), "seconds_of_this_call": seconds}
     everything |= {"runs": lab.used, "results": report.results}
     shown = "".join(f"\n![{picture}]({picture})\n" for picture in report.pictures)
@@ -57,7 +57,8 @@ def publish(lab: Lab, name: str, settings: dict[str, Any], report: Report, secon
 
 def paper_column(lab: Lab) -> str:
     """Return the data set of the paper to compare with: the same one, if the paper has it."""
-    return lab.args.dataset if lab.args.dataset in DATASETS else lab.args.against
+    name: str = lab.args.dataset if lab.args.dataset in DATASETS else lab.args.against
+    return name
 
 
 def number(value: float | None, form: str = ".1f") -> str:

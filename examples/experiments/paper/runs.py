@@ -165,4 +165,5 @@ class Lab:
         shared = {name: getattr(self.args, name) for name in names}
         shared |= {"budget": asdict(self.budget), "seeds": self.seeds, "source": images.source}
         shared |= {"images": [len(images.train), len(images.test)], "pixels": images.fingerprint()}
-        return json.loads(json.dumps(shared)) | {"image_size": images.size}
+        plain: dict[str, Any] = json.loads(json.dumps(shared))
+        return plain | {"image_size": images.size}
