@@ -1,7 +1,4 @@
-"""Compare clusterings of a pretrained network's features: see `experiments/features/command.py`.
-
-python examples/features.py --images FOLDER
-"""
+"""Compare clusterings of a pretrained network's features: see --help and experiments/features/."""
 
 import sys
 

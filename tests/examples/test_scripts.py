@@ -9,8 +9,8 @@ import pytest
 from scripts import EXAMPLES, run
 
 LAUNCHERS = {
-    *("decisions", "demo", "gradient_sizes", "lightly_benchmark", "paper", "pipeline_cost"),
-    *("solo_benchmark", "study"),
+    *("decisions", "demo", "features", "gradient_sizes", "lightly_benchmark", "paper"),
+    *("pipeline_cost", "solo_benchmark", "study"),
 }
 
 

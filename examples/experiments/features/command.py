@@ -300,7 +300,7 @@ def compare(args: argparse.Namespace) -> int:
     settings = {
         **data.about,
         **{"table": args.table, "train": len(data.train), "test": len(data.test), "k": k},
-        **{"d": data.train.shape[1], "view_count": len(data.views or ())},
+        **{"d": data.train.shape[1], "view_count": 0 if data.views is None else len(data.views)},
         **{"seeds": args.seeds, "hardware": hardware()},
     }
     digest = data.digest()
