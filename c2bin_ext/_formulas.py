@@ -155,9 +155,7 @@ class _Terms(torch.autograd.Function):
         if balance is not None and layout.views:
             grad_masses = saved[-1] * balance
         if contrast is not None and options is not None:
-            grad_grams, grad_squares = _contrast_gradients(
-                layout, options, sums[0], saved, contrast
-            )
+            grad_grams, grad_squares = _contrast_gradients(layout, sums[0], saved, contrast)
         return None, None, grad_grams, grad_masses, grad_squares
 
 
@@ -210,7 +208,7 @@ def _closed_contrast(
 
 
 def _contrast_gradients(
-    layout: Layout, options: Contrast, grams: Tensor, saved: Sequence[Tensor], grad: Tensor
+    layout: Layout, grams: Tensor, saved: Sequence[Tensor], grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the Gram matrices and of the squared norms."""
     exponentials, row_weights, column_weights, at_positive, norms, firsts = saved[:6]

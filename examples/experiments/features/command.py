@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import os
 import platform
 import statistics
 import sys
@@ -33,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import sklearn
 import torch
+from benchmarks.hardware import processor
 from tqdm import tqdm
 
 import c2bin_ext
@@ -41,6 +41,7 @@ from experiments.features import images
 from experiments.features.extraction import Extractor
 from experiments.features.methods import Method, ablations, rows
 from experiments.features.networks import NotInstalledError
+from experiments.store import write
 
 Array = npt.NDArray[Any]
 SCORES = {
@@ -210,13 +211,6 @@ def code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def _cell(values: list[Any], form: str) -> str:
     if any(value is None for value in values):
         return "-"
@@ -237,12 +231,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def hardware() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    cpu, info = platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        text = info.read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in text if "model name" in line), cpu)
     return {
-        "cpu": cpu,
+        "cpu": processor(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
