@@ -6,12 +6,13 @@ alone never imports this module.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any, TypeAlias, Union
@@ -19,6 +20,7 @@ from typing import Any, TypeAlias, Union
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from torch.special import xlogy
 
 try:
     import numpy as np
@@ -37,6 +39,11 @@ except ImportError as error:
         f"c2bin_ext.clustering needs scikit-learn and scipy ({error}): "
         "pip install 'c2bin-ext[eval]'"
     ) from error
+
+try:
+    faiss: Any = importlib.import_module("faiss")
+except ImportError:  # serves many rows only
+    faiss = None
 
 try:
     from sklearn.utils.validation import validate_data
@@ -58,12 +65,17 @@ _BLOCK = 2**22
 _PART = 50_000
 # Principal directions that are kept.
 _DIRECTIONS = 256
+# Of more rows, neighbours are searched in faiss's inverted lists, in this share of them.
+_PROBED = 1 / 32
 # Rows that k-means is fitted on, at most; its starts at a scale of few clusters.
 _SAMPLE, _STARTS, _FEW = 20_000, 10, 20
 # Steps that count as an epoch where there are few rows.
 _LEAST_STEPS = 5
 # Training stops when so many epochs in a row have not lowered the smallest loss by this much.
 _PATIENCE, _TOLERANCE = 10, 1e-3
+# With entropy_weight="auto", the first of these is tried, and the others where its clusters agree
+# less with neighbours than those of k-means.
+_WEIGHTS = (1.0, 0.1, 0.03)
 # A head that uses less than this share of its clusters has collapsed.
 _LEAST_USE = 0.1
 _FLOATS = [np.float32, np.float64, np.float16]
@@ -85,16 +97,20 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     Features are standardised, projected to their first 256 principal directions and L2-normalised;
     these are held, n x 256 float32 (and as many for each of `views`), and never an n x n matrix. X
     itself, which may be a memory map of any floating-point dtype, is read in blocks. Neighbours are
-    exact among up to 50,000 rows; of more, they are searched in random parts of that size.
+    exact among up to 50,000 rows; of more, they are approximate where faiss is installed, and exact
+    within random parts of that size where it is not.
 
-    Heads start from k-means of every scale, so that the loss begins where k-means ends.
+    Heads start from k-means of every scale, so that the loss begins where k-means ends. Whether it
+    ends better is told without labels by `agreement_per_scale_`: where the first scale agrees less
+    than k-means did, other weights of the entropy are tried and, if none helps, k-means is kept.
 
     Args:
         n_clusters: K of each scale, or one int; the first is what `labels_` and `predict` are of.
         n_neighbors: how many nearest neighbours count as an image's second views.
         hidden_features: width of the heads' hidden layer; None: no such layer.
         temperature: τ > 0 of the contrast, see `BCAContrastiveLoss`.
-        entropy_weight: λ_ent >= 0; more of it makes clusters more equal in size.
+        entropy_weight: λ_ent >= 0; more of it makes clusters more equal in size. `"auto"`: 1, or
+            what agrees best of 1, 0.1, 0.03 and k-means, if k-means agrees more than 1 does.
         max_epochs: passes over the rows (or five steps, if that is more), at most; training stops
             earlier where the loss does.
         batch_size: rows a step; all of them if there are fewer.
@@ -108,6 +124,9 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         labels_: (n,), the cluster of every training row at the first scale.
         labels_per_scale_: the same for every scale.
+        agreement_per_scale_: how far the clusters of an image tell those of its neighbours, from 0
+            to 1: the mutual information of both over their entropy.
+        entropy_weight_: λ_ent that was trained with, or None: k-means agreed more and was kept.
         losses_: the mean loss of every epoch of the run that was kept.
         loss_: the last of them.
         n_iter_: how many epochs it took.
@@ -147,7 +166,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         n_neighbors: int = 20,
         hidden_features: int | None = 512,
         temperature: float = 0.5,
-        entropy_weight: float = 1.0,
+        entropy_weight: float | str = "auto",
         max_epochs: int = 60,
         batch_size: int = 512,
         learning_rate: float = 1e-3,
@@ -185,7 +204,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: see the class.
         """
-        scales = self._checked_options()
+        scales, weights = self._checked_options()
         values = self._checked(X, reset=True)
         n, d = values.shape
         if n < max(2, *scales):
@@ -210,20 +229,27 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         nearest = _nearest(rows, min(self.n_neighbors, n - 1), seeds[0])
         # Where nothing but the neighbour differs between the views, more of them serve better than
         # mutual ones, which are nearer to being of one class.
-        everyone = nearest, torch.full_like(nearest[:, 0], nearest.shape[1])
-        neighbors = everyone if views is None else _mutual(nearest)
-        best: _Run | None = None
+        counts = torch.full_like(nearest[:, 0], nearest.shape[1])
+        pairs = _Pairs(second, *((nearest, counts) if views is None else _mutual(nearest)))
+        starts = []
         for seed in seeds[1:]:
             progress("k-means, to start from")
-            start = [_k_means(rows, k, seed) for k in scales]
-            run = self._train(second, neighbors, start, scales, seed, progress)
-            if best is None or run.loss < best.loss:
-                best = run
-            if run.interrupted:
-                break
-        assert best is not None
-        self.head_ = best.head.cpu().double().eval()
+            starts.append(_Start.of(rows, pairs, scales, seed))
+        best = self._best(pairs, starts, weights[0], progress)
+        before = max(starts, key=lambda start: start.agreement[0])
+        if weights[1:] and not best.interrupted and best.agreement[0] < before.agreement[0]:
+            progress("k-means agrees more with neighbours: other weights of the entropy")
+            tried = [best]
+            while len(tried) < len(weights) and not tried[-1].interrupted:
+                tried.append(self._best(pairs, starts, weights[len(tried)], progress))
+            best = max(tried, key=lambda run: run.agreement[0])
+            if best.agreement[0] < before.agreement[0]:
+                progress("k-means still agrees more: its clusters are kept")
+                best = replace(best, head=before.head, entropy_weight=None)
+                best.agreement = before.agreement
+        self.head_ = best.head.cpu().double()
         self.losses_, self.loss_, self.n_iter_ = best.losses, best.loss, len(best.losses)
+        self.entropy_weight_, self.agreement_per_scale_ = best.entropy_weight, best.agreement
         # One block's assignments at a time: those of all rows and scales may not fit.
         labels = [
             [scale.argmax(dim=1).numpy() for scale in self._assign(block)]
@@ -301,8 +327,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         )
         return values
 
-    def _checked_options(self) -> tuple[int, ...]:
-        """Check the constructor's arguments; return the scales."""
+    def _checked_options(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Check the constructor's arguments; return the scales and the entropy weights to try."""
         given = self.n_clusters
         scales = (
             tuple(given)
@@ -322,40 +348,50 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 f"learning_rate: expected a finite number > 0, got {self.learning_rate!r}"
             )
-        return tuple(int(k) for k in scales)
+        weight = self.entropy_weight
+        if isinstance(weight, str) and weight != "auto":
+            raise ValueError(f'entropy_weight: expected a number >= 0 or "auto", got {weight!r}')
+        weights = _WEIGHTS if isinstance(weight, str) else (weight,)
+        for own in weights:
+            self._criterion(own)
+        return tuple(int(k) for k in scales), weights
 
-    def _criterion(self) -> Callable[[Any], Any]:
-        return MultiScaleClusterLoss(
-            entropy_weight=self.entropy_weight, temperature=self.temperature
-        )
+    def _criterion(self, entropy_weight: float) -> Callable[[Any], Any]:
+        return MultiScaleClusterLoss(entropy_weight=entropy_weight, temperature=self.temperature)
+
+    def _best(
+        self,
+        pairs: _Pairs,
+        starts: list[_Start],
+        entropy_weight: float,
+        progress: _Progress,
+    ) -> _Run:
+        """Train from every start; return the run of the smallest loss, or that of Ctrl-C."""
+        runs: list[_Run] = []
+        for start in starts:
+            run = self._train(pairs, start, entropy_weight, progress)
+            run.agreement = pairs.agreement_per_scale(run.head)
+            if run.interrupted:
+                return run
+            runs.append(run)
+        return min(runs, key=lambda run: run.loss)
 
     @torch.enable_grad()
     def _train(
         self,
-        views: Tensor,
-        neighbors: tuple[Tensor, Tensor],
-        start: list[Tensor],
-        scales: tuple[int, ...],
-        seed: int,
+        pairs: _Pairs,
+        start: _Start,
+        entropy_weight: float,
         progress: _Progress,
     ) -> _Run:
         """Train heads from the labels of k-means on; Ctrl-C ends it."""
-        (v, n, p), device = views.shape, views.device
-        nearest, counts = neighbors
-        source = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = MultiScaleClusterHead(p, scales, hidden_features=self.hidden_features)
-        head = head.to(device)
-        criterion = self._criterion()
+        (_, n, p), device = pairs.views.shape, pairs.views.device
+        source = torch.Generator().manual_seed(start.seed)
+        head = _new_head(p, start.head.num_clusters, self.hidden_features, start.seed).to(device)
+        criterion = self._criterion(entropy_weight)
         optimizer = torch.optim.AdamW(head.parameters(), lr=self.learning_rate)
         size = min(self.batch_size, n)
         batches = _batches(n, size, source, device)
-
-        def draw(rows: Tensor) -> Tensor:
-            """Return those rows, each of one of the views."""
-            view = torch.randint(v, (len(rows),), generator=source)
-            return views[view.to(device), rows]
 
         def step(loss: Tensor) -> float:
             optimizer.zero_grad()
@@ -363,18 +399,18 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             optimizer.step()
             return loss.item()
 
-        run = _Run(head)
+        run = _Run(head, entropy_weight)
         try:
             for rows in islice(batches, self._warm_up):
-                logits = head.logits(draw(rows))
-                labels = [own[rows] for own in start]
+                logits = head.logits(_of_a_view(pairs.views, rows, source))
+                labels = [own[rows] for own in start.labels]
                 step(torch.stack([*map(cross_entropy, logits, labels)]).sum())
             for epoch in range(self.max_epochs):
                 losses = []
                 for rows in islice(batches, max(n // size, _LEAST_STEPS)):
-                    place = torch.rand(len(rows), generator=source).to(device) * counts[rows]
-                    near = nearest[rows, place.long()]
-                    losses.append(step(criterion((head(draw(rows)), head(draw(near)))).loss))
+                    near = pairs.neighbor(rows, source)
+                    drawn = (_of_a_view(pairs.views, own, source) for own in (rows, near))
+                    losses.append(step(criterion(tuple(map(head, drawn))).loss))
                 run.losses.append(sum(losses) / len(losses))
                 progress(f"epoch {epoch + 1} of {self.max_epochs}: loss {run.losses[-1]:.3f}")
                 if run.settled():
@@ -384,17 +420,20 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             warnings.warn(
                 f"Interrupted after {len(run.losses)} of {self.max_epochs} epochs: what was "
                 "learned until then is kept.",
-                stacklevel=3,
+                stacklevel=4,
             )
+        head.eval()
         return run
 
 
 @dataclass
 class _Run:
-    """A head in training, with the mean loss of every epoch."""
+    """A head in training, with the mean loss of every epoch and the agreement of every scale."""
 
     head: MultiScaleClusterHead
+    entropy_weight: float | None
     losses: list[float] = field(default_factory=list)
+    agreement: list[float] = field(default_factory=list)
     interrupted: bool = False
 
     @property
@@ -405,6 +444,98 @@ class _Run:
         """Whether the last epochs have not lowered the loss."""
         before, last = self.losses[:-_PATIENCE], self.losses[-_PATIENCE:]
         return bool(before) and min(last) > min(before) - _TOLERANCE
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What the loss contrasts: rows in their views, and the neighbours of each.
+
+    Attributes:
+        views: (v, n, p).
+        nearest: (n, m), of which the first `counts` (n,) count.
+    """
+
+    views: Tensor
+    nearest: Tensor
+    counts: Tensor
+
+    def neighbor(self, rows: Tensor, source: torch.Generator) -> Tensor:
+        """Return a random neighbour of each of some rows."""
+        place = torch.rand(len(rows), generator=source).to(rows.device) * self.counts[rows]
+        return self.nearest[rows, place.long()]
+
+    def agreement(self, labels: Tensor, k: int) -> float:
+        """Return the mutual information of rows' and neighbours' labels (v, n) over the entropy."""
+        source = torch.Generator().manual_seed(0)
+        joint = torch.zeros(k, k, dtype=torch.float64, device=labels.device)
+        for place in range(self.nearest.shape[1]):
+            rows = (place < self.counts).nonzero().squeeze(1)
+            own = _of_a_view(labels, rows, source)
+            near = _of_a_view(labels, self.nearest[rows, place], source)
+            joint += torch.bincount(own * k + near, minlength=k * k).view(k, k)
+        joint = (joint + joint.T) / (2 * joint.sum())
+        share = joint.sum(dim=1)
+        entropy = -xlogy(share, share).sum()
+        if entropy == 0:
+            return 0.0
+        return float((xlogy(joint, joint).sum() + 2 * entropy) / entropy)
+
+    def agreement_per_scale(self, head: MultiScaleClusterHead) -> list[float]:
+        """Return the agreement of the head's labels."""
+        views = zip(*(_labels(head, view) for view in self.views), strict=True)
+        return [
+            self.agreement(torch.stack(own), k)
+            for own, k in zip(views, head.num_clusters, strict=True)
+        ]
+
+
+def _new_head(p: int, scales: tuple[int, ...], hidden: int | None, seed: int) -> Any:
+    """Return a head, initialised from the seed without a touch of torch's global state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MultiScaleClusterHead(p, scales, hidden_features=hidden)
+
+
+@torch.inference_mode()
+def _labels(head: MultiScaleClusterHead, rows: Tensor) -> list[Tensor]:
+    """Return the most probable cluster of every row, (n,) for every scale."""
+    parts = [
+        [scale.argmax(dim=1) for scale in head.logits(block)]
+        for block in torch.split(rows, _PART // 10)
+    ]
+    return [torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+
+def _of_a_view(values: Tensor, rows: Tensor, source: torch.Generator) -> Tensor:
+    """Return some rows of (v, n, ...), each of a random view."""
+    view = torch.randint(len(values), (len(rows),), generator=source)
+    return values[view.to(rows.device), rows]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """k-means of every scale, from which training starts.
+
+    Attributes:
+        head: whose most probable cluster is that of the nearest centre.
+        labels: (n,) each.
+        agreement: of every scale.
+    """
+
+    seed: int
+    head: MultiScaleClusterHead
+    labels: list[Tensor]
+    agreement: list[float]
+
+    @classmethod
+    def of(cls, rows: Tensor, pairs: _Pairs, scales: tuple[int, ...], seed: int) -> _Start:
+        fitted = [_k_means(rows, k, seed) for k in scales]
+        head = _new_head(rows.shape[1], scales, None, seed).to(rows.device)
+        centres, variances = (torch.cat(parts).to(rows) for parts in zip(*fitted, strict=True))
+        # Gaussians of that variance around the centres c have log-odds <x, c> - |c|²/2 over it.
+        head.linear.weight.data = centres / variances[:, None]
+        head.linear.bias.data = -centres.square().sum(dim=1) / 2 / variances
+        return cls(seed, head, _labels(head, rows), pairs.agreement_per_scale(head))
 
 
 class _Progress:
@@ -472,34 +603,53 @@ def _principal(values: Array) -> tuple[Array, Array]:
     return scaler.mean_, directions / scaler.scale_[:, None]
 
 
-def _k_means(rows: Tensor, k: int, seed: int) -> Tensor:
-    """Return labels by the best of some starts of k-means on a sample of the rows."""
+def _k_means(rows: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return centres (k, p) of the best start, and the variance around them, k times."""
     values = rows.cpu().numpy()
-    sample = values
     if len(values) > _SAMPLE:
-        chosen = np.random.default_rng(seed).choice(len(values), _SAMPLE, replace=False)
-        sample = values[chosen]
+        values = values[np.random.default_rng(seed).choice(len(values), _SAMPLE, replace=False)]
     with warnings.catch_warnings():
         # Equal rows make fewer clusters than asked for, which the heads can live with.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = KMeans(k, n_init=_STARTS if k <= _FEW else 1, random_state=seed).fit(sample)
-    return torch.from_numpy(model.predict(values).astype(np.int64)).to(rows.device)
+        model = KMeans(k, n_init=_STARTS if k <= _FEW else 1, random_state=seed).fit(values)
+    variance = torch.tensor(max(model.inertia_ / values.size, 1e-9))
+    return torch.from_numpy(model.cluster_centers_), variance.expand(k)
 
 
 def _nearest(rows: Tensor, k: int, seed: int) -> Tensor:
-    """Return the nearest others of each row by cosine, (n, k); of many rows, in random parts."""
-    n, device = len(rows), rows.device
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
-    found = torch.empty(n, k, dtype=torch.int64, device=device)
+    """Return the nearest others of each row by cosine, (n, k); exact of up to `_PART` rows."""
+    n = len(rows)
+    if n > _PART and faiss is not None:
+        return _nearest_by_faiss(rows, k, seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+    found = torch.empty(n, k, dtype=torch.int64, device=rows.device)
     for part in order.tensor_split(-(-n // _PART)):
         others = rows[part]
         for start in range(0, len(part), max(1, _BLOCK // len(part))):
             own = torch.arange(start, min(start + max(1, _BLOCK // len(part)), len(part)))
-            own = own.to(device)
+            own = own.to(rows.device)
             near = others[own] @ others.T
-            near[torch.arange(len(own), device=device), own] = -torch.inf
+            near[torch.arange(len(own), device=rows.device), own] = -torch.inf
             found[part[own]] = part[near.topk(k, dim=1).indices]
     return found
+
+
+def _nearest_by_faiss(rows: Tensor, k: int, seed: int) -> Tensor:
+    """Return the nearest others of each row among those of the nearest of √n lists."""
+    values = np.ascontiguousarray(rows.cpu().numpy())
+    n, p = values.shape
+    lists = int(n**0.5)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(p), p, lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed
+    index.nprobe = max(8, int(lists * _PROBED))
+    index.train(values)
+    index.add(values)
+    near = torch.from_numpy(index.search(values, k + 1)[1])
+    # Equal rows may come before the row itself; -1 stands where the lists hold too few.
+    own = torch.arange(n)[:, None]
+    near = near.where(near >= 0, own)
+    others_first = (near == own).byte().argsort(dim=1, stable=True)
+    return near.gather(1, others_first)[:, :k].to(rows.device)
 
 
 def _mutual(nearest: Tensor) -> tuple[Tensor, Tensor]:

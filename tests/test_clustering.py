@@ -15,7 +15,8 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score
+from sklearn.datasets import make_blobs
+from sklearn.metrics import adjusted_rand_score, mutual_info_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
@@ -35,7 +36,7 @@ class AtLeastTwo(C2BINClustering):
     That 1 is refused is tested below.
     """
 
-    def _checked_options(self) -> tuple[int, ...]:
+    def _checked_options(self) -> Any:
         if self.n_clusters != 1:
             return super()._checked_options()
         return C2BINClustering(**{**self.get_params(), "n_clusters": 2})._checked_options()
@@ -137,6 +138,7 @@ def test_memory_map_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(clustering, "_BLOCK", 2**16)
     monkeypatch.setattr(clustering, "_DIRECTIONS", 4)
     monkeypatch.setattr(clustering, "_PART", 1000)
+    monkeypatch.setattr(clustering, "faiss", None)
     features, classes = blobs(n=40_000, d=256)
     path = tmp_path / "features.npy"
     np.save(path, features.astype(np.float16))
@@ -261,12 +263,98 @@ def test_neighbours_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_neighbours_of_many_rows_are_of_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "_PART", 50)
+    monkeypatch.setattr(clustering, "faiss", None)
     rows = torch.nn.functional.normalize(torch.randn(200, 5))
     found = clustering._nearest(rows, 3, seed=0)
     assert not (found == torch.arange(200)[:, None]).any()
     assert all(len(set(own)) == 3 for own in found.tolist())
     similarity = (rows[:, None] * rows[found]).sum(dim=2)
     assert float(similarity.mean()) > 0.5
+
+
+def test_neighbours_of_many_rows_by_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss", reason="pip install faiss-cpu")
+    features, _ = blobs(n=3000, d=16, k=6)
+    features[:50] = features[0]  # equal rows come before the row itself
+    rows = torch.nn.functional.normalize(torch.from_numpy(features))
+    exact = NearestNeighbors(n_neighbors=6).fit(rows).kneighbors()[1]
+    monkeypatch.setattr(clustering, "_PART", 500)
+    found = clustering._nearest(rows, 6, seed=0)
+    own = torch.arange(len(rows))[:, None]
+    assert not (found == own).any()
+    assert ((found >= 0) & (found < len(rows))).all()
+    shared = [len({*a} & {*b}) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+    assert sum(shared[50:]) / 6 / len(shared[50:]) > 0.9
+    assert torch.equal(found, clustering._nearest(rows, 6, seed=0))
+
+
+def test_agreement_is_the_mutual_information_of_neighbours_labels(
+    data: tuple[Any, Any], model: C2BINClustering
+) -> None:
+    rows = model._project(data[0]).numpy()
+    near = NearestNeighbors(n_neighbors=20).fit(rows).kneighbors()[1]
+    for labels, agreement in zip(model.labels_per_scale_, model.agreement_per_scale_, strict=True):
+        # Every pair in both directions, as neighbours need not be mutual.
+        own = np.concatenate([labels.repeat(20), labels[near].ravel()])
+        other = np.concatenate([labels[near].ravel(), labels.repeat(20)])
+        expected = mutual_info_score(own, other) / mutual_info_score(own, own)
+        assert agreement == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_cluster_agrees_in_nothing() -> None:
+    pairs = clustering._Pairs(
+        torch.zeros(1, 4, 2), torch.tensor([[1], [0], [3], [2]]), torch.ones(4)
+    )
+    assert pairs.agreement(torch.ones(1, 4, dtype=torch.int64), 3) == 0
+    assert pairs.agreement(torch.tensor([[0, 0, 2, 2]]), 3) == pytest.approx(1)
+    assert pairs.agreement(torch.tensor([[0, 2, 0, 2]]), 3) == pytest.approx(1), (
+        "a swap is known too"
+    )
+
+
+def test_agreement_of_views_is_of_what_the_views_share() -> None:
+    nearest = torch.arange(1, 2001)[:, None] % 2000
+    pairs = clustering._Pairs(torch.zeros(2, 2000, 1), nearest, torch.ones(2000))
+    halves = torch.arange(2000) // 1000
+    assert pairs.agreement(torch.stack([halves, halves]), 2) > 0.95
+    noise = torch.randint(2, (2000,))
+    # Both are halves in a quarter of the pairs: 0.046 is expected.
+    assert 0.015 < pairs.agreement(torch.stack([halves, noise]), 2) < 0.09
+    assert pairs.agreement(torch.stack([noise, noise]), 2) < 0.01
+
+
+@pytest.fixture(scope="module")
+def noise() -> Any:
+    return np.random.default_rng(0).normal(size=(120, 3))
+
+
+def test_k_means_is_kept_where_it_agrees_more(noise: Any) -> None:
+    model = C2BINClustering((4, 7), **SMALL).fit(noise)
+    assert model.entropy_weight_ is None
+    rows = model._project(noise).numpy()
+    for labels, k in zip(model.labels_per_scale_, (4, 7), strict=True):
+        # What k-means ends with: every row is nearest to the mean of its own cluster.
+        means = np.stack([rows[labels == cluster].mean(axis=0) for cluster in range(k)])
+        distances = np.square(rows[:, None] - means).sum(axis=2)
+        np.testing.assert_array_equal(distances.argmin(axis=1), labels)
+    probabilities = model.predict_proba(noise)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert 0.3 < probabilities.max(axis=1).mean() < 0.999
+
+
+def test_a_given_weight_is_trained_with(noise: Any) -> None:
+    assert C2BINClustering(4, entropy_weight=0.5, **SMALL).fit(noise).entropy_weight_ == 0.5
+
+
+def test_unequal_classes_get_a_smaller_weight() -> None:
+    features, classes = make_blobs([1000, 100, 50, 20], 20, cluster_std=5, random_state=0)
+    options = {"n_clusters": (4, 8), "random_state": 0}
+    auto = C2BINClustering(**options).fit(features)
+    one = C2BINClustering(**options, entropy_weight=1).fit(features)
+    assert auto.entropy_weight_ in (0.1, 0.03)
+    assert auto.agreement_per_scale_[0] > one.agreement_per_scale_[0]
+    found, even = (adjusted_rand_score(classes, model.labels_) for model in (auto, one))
+    assert found > even + 0.1
 
 
 def test_batches_are_random_and_pass_through_all_rows() -> None:
@@ -307,6 +395,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learning_rate": np.nan}, ValueError, "learning_rate"),
     ({"temperature": 0}, ValueError, "temperature"),
     ({"entropy_weight": -1.0}, ValueError, "entropy_weight"),
+    ({"entropy_weight": "some"}, ValueError, "entropy_weight"),
     ({"device": "abacus"}, RuntimeError, "abacus"),
 ]
 

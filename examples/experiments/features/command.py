@@ -9,7 +9,8 @@
 `views` (v, n, d), `test_features` and `test_labels`. Scores are of test images that nothing was
 trained on; without any, a fifth of the images is held out. Features and finished runs are kept in
 --cache: Ctrl-C at any time, and the same command goes on. --validation N scores on N training
-images instead, which is what settings are chosen by.
+images instead, which is what settings are chosen by. --table label-free takes the scored images and
+sets of scikit-learn, to see how far the estimator's label-free scores can be trusted.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import c2bin_ext
 from c2bin_ext import metrics
-from experiments.features import images
+from experiments.features import images, label_free
 from experiments.features.extraction import Extractor
 from experiments.features.methods import Method, ablations, rows
 from experiments.features.networks import NotInstalledError
@@ -88,7 +89,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation", type=int, help="score on so many training images instead")
     parser.add_argument("--clusters", type=int, help="K (default: the number of classes)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--table", choices=("rivals", "ablations"), default="rivals")
+    parser.add_argument("--table", choices=("rivals", "ablations", "label-free"), default="rivals")
     parser.add_argument("--only", nargs="+", help="rows by name")
     parser.add_argument("--cache", type=Path, default=Path("build/features"))
     parser.add_argument("--out", type=Path, help="folder of NAME.json and NAME.md")
@@ -281,6 +282,8 @@ def compare(args: argparse.Namespace) -> int:
     data = load(args)
     k = args.clusters or len(np.unique(data.labels))
     seen = data.views is not None
+    if args.table == "label-free":
+        return trust(args, data)
     methods = rows(seen) if args.table == "rivals" else ablations(k, seen)
     if args.only:
         unknown = set(args.only) - {method.name for method in methods}
@@ -300,11 +303,25 @@ def compare(args: argparse.Namespace) -> int:
     for method, seed in (bar := tqdm(plan, unit="run")):
         bar.set_postfix_str(f"{method.name}, seed {seed}")
         results[method.name].append(kept_run(method, data, k, seed, args.cache, digest))
-    text = f"{table(results)}\n\n{notes(settings)}"
+    report(args, settings, results, f"{table(results)}\n\n{notes(settings)}")
+    return 0
+
+
+def trust(args: argparse.Namespace, data: Data) -> int:
+    """Compare the scores without labels with those by labels."""
+    name = str(data.about["test_images"])
+    given = {**label_free.sets(), name: (data.test.astype(np.float32), data.labels)}
+    results = label_free.run(given, args.seeds)
+    settings = {**data.about, "seeds": args.seeds, "hardware": hardware()}
+    report(args, settings, results, f"{label_free.table(results, given)}\n")
+    return 0
+
+
+def report(args: argparse.Namespace, settings: Any, results: Any, text: str) -> None:
+    """Print a table and, if wanted, write it beside its numbers."""
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         found = json.dumps({"settings": settings, "results": results}, indent=1)
         write(args.out / f"{args.name}.json", found + "\n")
         write(args.out / f"{args.name}.md", text)
-    return 0

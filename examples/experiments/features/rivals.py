@@ -109,10 +109,11 @@ class OtherLoss(C2BINClustering):
     """`C2BINClustering` in everything but its loss."""
 
     def __init__(self, loss: str = "IIC", **options: Any) -> None:
-        super().__init__(**options)
+        # The weight of the balance is in the loss.
+        super().__init__(**{"entropy_weight": 1.0, **options})
         self.loss = loss
 
-    def _criterion(self) -> Callable[[Any], Any]:
+    def _criterion(self, entropy_weight: float) -> Callable[[Any], Any]:
         return LOSSES[self.loss]
 
 
