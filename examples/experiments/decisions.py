@@ -5,6 +5,7 @@
     python examples/decisions.py printed           the printed formulas with other weights
     python examples/decisions.py entropy --validation 250 --choose        the entropy weight
     python examples/decisions.py many_clusters --num-clusters 512 1024 --batch-size 64
+    python examples/decisions.py finetune --backbone efficientnet-lite0 --image-size 64
     python examples/decisions.py TABLE --data FOLDER --limit 5000 --processes 2
 
 Every run has the same images, views, backbone, batches and epochs; without --data they are
@@ -14,9 +15,10 @@ seeds. Ctrl-C at any time: the same command goes on.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from experiments.methods import METHODS
+from experiments.methods import FLOOR, METHODS
 from experiments.options import exit_code
 from experiments.report import HEAD, SCORES, cells, markdown, recorded, sentence
 from experiments.runs import Bench, Trial, parse_study, study_parser
@@ -104,7 +106,15 @@ ENTROPY: dict[str, Choice] = {
     f"entropy weight {weight:g}": ({}, {"entropy_weight": weight})
     for weight in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 }
-TABLES = {
+# From a pretrained network on: every method at two learning rates (of 128 images), beside its
+# features before any training.
+FINETUNE = {"frozen": Trial(FLOOR)} | {
+    f"{METHODS[method].label}, learning rate {lr:g}": Trial(method, {"lr": lr})
+    for lr in (0.006, 0.0006)
+    for method in ("simclr", "byol", "c2bin")
+}
+TABLES: dict[str, Any] = {
+    "finetune": FINETUNE,
     "entropy": ENTROPY,
     "decisions": ONE_AT_A_TIME,
     "together": TOGETHER,
@@ -113,8 +123,11 @@ TABLES = {
 }
 
 
-def trial(choice: Choice, clusters: list[int]) -> Trial:
+def trial(choice: Choice | Trial, clusters: list[int]) -> Trial:
     """Return the run of one choice, with heads of `clusters` unless it says otherwise."""
+    if isinstance(choice, Trial):
+        heads = {"num_clusters": clusters} if choice.method == "c2bin" else {}
+        return replace(choice, options={**heads, **choice.options})
     options, loss = choice
     return Trial("c2bin", {"num_clusters": clusters, **options}, loss)
 
@@ -127,7 +140,7 @@ def run(args: Any) -> None:
     bench.store.claim(name, record["settings"], args.overwrite)
     trials = {
         BYOL if method == "byol" else METHODS[method].label: Trial(method)
-        for method in args.baselines
+        for method in (args.baselines if args.table != "finetune" else ())
     }
     trials |= {
         row: trial(choice, args.num_clusters)

@@ -24,7 +24,7 @@ import torch
 from c2bin_ext import C2BINLoss
 from experiments.hardware import hardware, versions
 from experiments.methods import FLOOR, LR_PER_IMAGE, METHODS, OPTIMIZATION, queue_size
-from experiments.options import BACKBONES, exit_code, first_process, parser_of, quieten, settle
+from experiments.options import add_backbone, exit_code, first_process, parser_of, quieten, settle
 from experiments.report import notes, table
 from experiments.runs import Bench, Job, Trial, carry_out
 from experiments.store import Result
@@ -132,7 +132,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "runs/demo", "digits", workers)
     add = parser.add_argument_group("training").add_argument
     add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="default: all")
-    add("--backbone", choices=BACKBONES, default="small", help="default: small, for CPUs")
+    add_backbone(add)
     add("--epochs", type=int, help="default: 30")
     add("--batch-size", type=int, default=128, help="of all devices together (default: 128)")
     add(

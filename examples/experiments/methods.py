@@ -17,9 +17,12 @@ from c2bin_lightly.methods import Branches
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torchvision.transforms.v2 import Normalize
 
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead
 from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regularizer
+from experiments.features import networks
+from experiments.options import BACKBONES
 
 Views = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -362,6 +365,16 @@ KINDS = METHODS | {
 VARIATIONS = ("standardize", "warmup", "queue", "decay")
 
 
+def pretrained(name: str, size: int) -> tuple[nn.Module, int]:
+    """Return a pretrained network for images in [-1, 1], and the length of its features."""
+    network = networks.load(name, size)
+    mean, std = [2 * m - 1 for m in network.mean], [2 * s for s in network.std]
+    net = nn.Sequential(Normalize(mean, std), network.features)
+    with torch.inference_mode():
+        features = net(torch.zeros(1, 3, size, size)).shape[1]
+    return net.train(), features
+
+
 def queue_size(images: int) -> int:
     """Return 4096, or half of a small set: a longer queue would be full of the query itself."""
     return min(4096, max(64, images // 2))
@@ -377,7 +390,8 @@ def objective(loss: Mapping[str, Any]) -> C2BINLoss:
 def model_of(settings: Mapping[str, Any]) -> LightningModule:
     """Return an untrained model; with one seed, every method starts from the same backbone."""
     torch.manual_seed(settings["seed"])
-    net, features = backbone(settings["backbone"], settings["image_size"])
+    make = backbone if settings["backbone"] in BACKBONES else pretrained
+    net, features = make(settings["backbone"], settings["image_size"])
     options, kind = dict(settings["options"]), KINDS[settings["method"]].kind
     if issubclass(kind, C2BIN):
         options["loss"] = objective(settings["loss"])

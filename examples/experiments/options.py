@@ -17,7 +17,23 @@ from experiments.data import TORCHVISION
 from experiments.store import ExperimentError
 
 BACKBONES = ("small", "resnet18", "resnet34", "resnet50")
+PRETRAINED = "efficientnet-lite0, torchvision:NAME or timm:NAME"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def backbone_name(text: str) -> str:
+    """Return a name of `BACKBONES`, which start from random weights, or of a pretrained network."""
+    if text in BACKBONES or text.startswith("efficientnet-lite") or ":" in text:
+        return text
+    raise argparse.ArgumentTypeError(
+        f"expected {', '.join(BACKBONES)} or, pretrained, {PRETRAINED}, got {text!r}"
+    )
+
+
+def add_backbone(add: Callable[..., Any]) -> None:
+    """Add the option --backbone."""
+    text = f"{', '.join(BACKBONES)} or, pretrained, {PRETRAINED} (default: small, for CPUs)"
+    add("--backbone", type=backbone_name, default="small", metavar="NAME", help=text)
 
 
 def parser_of(doc: str, out: str, images: str, workers: str, **more: Any) -> Any:

@@ -30,7 +30,7 @@ from experiments.methods import (
     objective,
     queue_size,
 )
-from experiments.options import BACKBONES, first_process, parser_of, quieten, settle
+from experiments.options import add_backbone, first_process, parser_of, quieten, settle
 from experiments.store import ExperimentError, Result, Store
 from experiments.training import features_of, fit, own_heads, save_arrays
 from experiments.views import StoredViews, Views
@@ -368,7 +368,7 @@ def study_parser(doc: str, out: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = parser_of(doc, out, "digits", workers)
     add = parser.add_argument_group("training").add_argument
     add("--data-name", help="what to call the images; default: the folder's name")
-    add("--backbone", choices=BACKBONES, default="small", help="default: small, for CPUs")
+    add_backbone(add)
     add("--batch-size", type=int, default=128, help="default: 128")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="default: 1 2 3")
     add(
