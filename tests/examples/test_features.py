@@ -256,6 +256,35 @@ def test_ablations(features: Path, tmp_path: Path) -> None:
     assert len({runs[0]["loss"] for runs in found.values()}) == 3
 
 
+def test_label_free_scores(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.features import label_free
+
+    monkeypatch.setattr(label_free, "SCALES", (2, 3, 6))
+    monkeypatch.setattr(label_free, "sets", lambda: {})
+    with np.load(features) as file:
+        arrays = dict(file)
+    # Scores are of the images that are held out: here all of them.
+    np.savez(features, **arrays, test_features=arrays["features"], test_labels=arrays["labels"])
+    assert command(features, tmp_path, "--table", "label-free", "--seeds", "0", "1") == 0
+    found = json.loads((tmp_path / "features.json").read_text(encoding="utf-8"))["results"]
+    runs = found["features.npz"]
+    assert [run["k"] for run in runs["scales"]] == [[2, 3, 6]] * 2
+    assert all(run["NMI"][1] > 0.9 for run in runs["scales"])
+    text = (tmp_path / "features.md").read_text(encoding="utf-8")
+    assert "| features.npz | 120 | 3 | 3, 3 | 3, 3 | 3, 3 |" in text
+    assert "| features.npz | 1.000 | 1.000 | 1.000 | 1, 1 |" in text
+
+
+def test_uneven_classes() -> None:
+    from experiments.features import label_free
+
+    labels = np.repeat([3, 5, 8], 100)
+    features, kept = label_free.uneven(np.arange(300)[:, None], labels, ratio=0.5)
+    assert np.unique(kept, return_counts=True)[1].tolist() == [100, 50, 25]
+    assert (labels[features[:, 0]] == kept).all()
+    assert label_free.uneven(features, kept, 0.1)[1].tolist().count(8) == 10
+
+
 def test_wrong_arguments(features: Path, tmp_path: Path, capsys: Any) -> None:
     assert command(features, tmp_path, "--only", "magic") == 2
     assert "no row is called magic" in capsys.readouterr().err

@@ -156,6 +156,59 @@ def test_decisions(table: str, names: list[str], tmp_path: Path) -> None:
     assert [head["k"] for head in found[names[0]]["clustering"][1:]] == [4, 8]
 
 
+class Plain(torch.nn.Module):
+    """A network that remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images)
+        return images.mean(dim=(2, 3)) * self.weight
+
+
+def test_a_pretrained_network_sees_images_as_it_was_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from experiments import methods
+
+    plain = Plain()
+    own = methods.networks.Network(plain, (0.5, 0.25, 0.0), (0.5, 0.5, 0.25), "")
+    monkeypatch.setattr(methods.networks, "load", lambda name, size: own)
+    net, features = methods.pretrained("any", 16)
+    assert (features, net.training) == (3, True)
+    net(torch.full((1, 3, 2, 2), 0.0))  # the middle of [-1, 1], 0.5 of [0, 1]
+    assert plain.seen[-1][0, :, 0, 0].tolist() == pytest.approx([0.0, 0.5, 2.0])
+
+
+def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments import decisions, methods
+
+    monkeypatch.setattr(
+        methods.networks,
+        "load",
+        lambda name, size: methods.networks.Network(Plain(), (0.5,) * 3, (0.5,) * 3, ""),
+    )
+    rows = ["frozen", "SimCLR, learning rate 0.006", "C2BIN, learning rate 0.0006"]
+    command = ["finetune", *SMALL, "--epochs", "1", "--seeds", "0", "--num-clusters", "4", "8"]
+    command += ["--backbone", "timm:plain", "--out", str(tmp_path), "--only", *rows]
+    assert decisions.main(command) == 0
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert [choice["row"] for choice in record["choices"]] == rows
+    assert [choice["options"].get("lr") for choice in record["choices"]] == [None, 0.006, 0.0006]
+    assert record["settings"]["backbone"] == "timm:plain"
+
+
+def test_unknown_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from experiments import decisions
+
+    with pytest.raises(SystemExit):
+        decisions.main([*SMALL, "--backbone", "resnet", "--out", str(tmp_path)])
+    assert "expected small, resnet18, resnet34, resnet50 or, pretrained," in capsys.readouterr().err
+
+
 def test_cells_are_means_over_seeds_and_heads() -> None:
     from experiments.report import HEAD, cells
 

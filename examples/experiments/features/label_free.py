@@ -22,6 +22,7 @@ from experiments.features.rivals import BEST, classical
 
 Array = npt.NDArray[Any]
 SCALES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30)
+NEAR = 0.97  # of the highest agreement is as good
 ROWS_A_CLUSTER = 10  # fewer, and there is nothing to tell clusters by
 BEST_K_MEANS = f"k-means, {BEST}"
 COLUMNS = ("k-means", "λ_ent 1", '"auto"')
@@ -106,8 +107,12 @@ def run(
 
 
 def picked(found: dict[str, Any], by: str) -> int:
-    """Return the K of the highest value."""
-    return int(found["k"][int(np.argmax(found[by]))])
+    """Return the K of the highest value; by agreement, the finest that is as good as the highest.
+
+    Coarse scales that put whole classes together agree as much as the true one does.
+    """
+    least = max(found[by]) * (NEAR if by == "agreement" else 1)
+    return max(k for k, value in zip(found["k"], found[by], strict=True) if value >= least)
 
 
 def table(results: dict[str, Any], given: dict[str, tuple[Array, Array]]) -> str:
