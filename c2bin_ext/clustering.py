@@ -92,7 +92,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     Formula: minimises `Σ_K (L_bca + λ_ent L_ent)`, Eq. 5-6, over one head for each K, where the
     second view of an image is one of its nearest neighbours or, with `views`, an augmented view of
-    one that is mutual: each is among the nearest of the other.
+    one that is mutual: each is among the nearest of the other. To both, what some other image and
+    its nearest neighbour differ by is added, which is how images of one kind vary.
 
     Features are standardised, projected to their first 256 principal directions and L2-normalised;
     these are held, n x 256 float32 (and as many for each of `views`), and never an n x n matrix. X
@@ -158,6 +159,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     # Steps in which heads learn the labels of k-means before the loss takes over.
     _warm_up = 25
+    # How many differences of neighbours are added to a row, without views and with them.
+    _jitter = 1.0, 0.5
 
     def __init__(
         self,
@@ -230,7 +233,11 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         # Where nothing but the neighbour differs between the views, more of them serve better than
         # mutual ones, which are nearer to being of one class.
         counts = torch.full_like(nearest[:, 0], nearest.shape[1])
-        pairs = _Pairs(second, *((nearest, counts) if views is None else _mutual(nearest)))
+        pairs = (
+            _Pairs(second, nearest, counts, self._jitter[0])
+            if views is None
+            else _Pairs(second, *_mutual(nearest), self._jitter[1])
+        )
         starts = []
         for seed in seeds[1:]:
             progress("k-means, to start from")
@@ -402,15 +409,15 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         run = _Run(head, entropy_weight)
         try:
             for rows in islice(batches, self._warm_up):
-                logits = head.logits(_of_a_view(pairs.views, rows, source))
+                logits = head.logits(pairs.draw(rows, source))
                 labels = [own[rows] for own in start.labels]
                 step(torch.stack([*map(cross_entropy, logits, labels)]).sum())
             for epoch in range(self.max_epochs):
                 losses = []
                 for rows in islice(batches, max(n // size, _LEAST_STEPS)):
                     near = pairs.neighbor(rows, source)
-                    drawn = (_of_a_view(pairs.views, own, source) for own in (rows, near))
-                    losses.append(step(criterion(tuple(map(head, drawn))).loss))
+                    both = tuple(head(pairs.draw(own, source)) for own in (rows, near))
+                    losses.append(step(criterion(both).loss))
                 run.losses.append(sum(losses) / len(losses))
                 progress(f"epoch {epoch + 1} of {self.max_epochs}: loss {run.losses[-1]:.3f}")
                 if run.settled():
@@ -453,11 +460,21 @@ class _Pairs:
     Attributes:
         views: (v, n, p).
         nearest: (n, m), of which the first `counts` (n,) count.
+        jitter: how much of the difference of two neighbours is added to a row.
     """
 
     views: Tensor
     nearest: Tensor
     counts: Tensor
+    jitter: float
+
+    def draw(self, rows: Tensor, source: torch.Generator) -> Tensor:
+        """Return some rows (b, p), each in a random view and moved as neighbours differ."""
+        drawn = _of_a_view(self.views, rows, source)
+        if not self.jitter:
+            return drawn
+        other = torch.randint(len(self.nearest), (len(rows),), generator=source).to(rows.device)
+        return drawn + self.jitter * (self.views[0, other] - self.views[0, self.nearest[other, 0]])
 
     def neighbor(self, rows: Tensor, source: torch.Generator) -> Tensor:
         """Return a random neighbour of each of some rows."""

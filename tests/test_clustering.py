@@ -303,7 +303,7 @@ def test_agreement_is_the_mutual_information_of_neighbours_labels(
 
 def test_one_cluster_agrees_in_nothing() -> None:
     pairs = clustering._Pairs(
-        torch.zeros(1, 4, 2), torch.tensor([[1], [0], [3], [2]]), torch.ones(4)
+        torch.zeros(1, 4, 2), torch.tensor([[1], [0], [3], [2]]), torch.ones(4), 0
     )
     assert pairs.agreement(torch.ones(1, 4, dtype=torch.int64), 3) == 0
     assert pairs.agreement(torch.tensor([[0, 0, 2, 2]]), 3) == pytest.approx(1)
@@ -314,7 +314,7 @@ def test_one_cluster_agrees_in_nothing() -> None:
 
 def test_agreement_of_views_is_of_what_the_views_share() -> None:
     nearest = torch.arange(1, 2001)[:, None] % 2000
-    pairs = clustering._Pairs(torch.zeros(2, 2000, 1), nearest, torch.ones(2000))
+    pairs = clustering._Pairs(torch.zeros(2, 2000, 1), nearest, torch.ones(2000), 0)
     halves = torch.arange(2000) // 1000
     assert pairs.agreement(torch.stack([halves, halves]), 2) > 0.95
     noise = torch.randint(2, (2000,))
@@ -355,6 +355,17 @@ def test_unequal_classes_get_a_smaller_weight() -> None:
     assert auto.agreement_per_scale_[0] > one.agreement_per_scale_[0]
     found, even = (adjusted_rand_score(classes, model.labels_) for model in (auto, one))
     assert found > even + 0.1
+
+
+def test_rows_move_as_neighbours_differ() -> None:
+    views = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [10.0, 3.0]]])
+    nearest = torch.tensor([[1], [0], [3], [2]])
+    rows, source = torch.zeros(64, dtype=torch.int64), torch.Generator().manual_seed(0)
+    pairs = clustering._Pairs(views, nearest, torch.ones(4), 0.5)
+    drawn = {tuple(row) for row in pairs.draw(rows, source).tolist()}
+    assert drawn == {(-0.5, 0.0), (0.5, 0.0), (0.0, -1.5), (0.0, 1.5)}
+    still = clustering._Pairs(views, nearest, torch.ones(4), 0)
+    assert not still.draw(rows, source).any()
 
 
 def test_batches_are_random_and_pass_through_all_rows() -> None:

@@ -193,7 +193,7 @@ def run(method: Method, data: Data, k: int, seed: int) -> dict[str, Any]:
 
 def kept_run(method: Method, data: Data, k: int, seed: int, folder: Path, digest: str) -> Any:
     """Return a run that was finished before, or finish it and keep it."""
-    about = [asdict(method), k, seed, digest, code()]
+    about = [asdict(method), k, seed, digest, code(method.kind)]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = folder / "runs" / f"{key}.json"
     if path.exists():
@@ -205,10 +205,12 @@ def kept_run(method: Method, data: Data, k: int, seed: int, folder: Path, digest
 
 
 @cache
-def code() -> str:
+def code(kind: str) -> str:
     """Return a digest of the code that a run depends on, so that a change of it runs again."""
-    files = sorted(Path(c2bin_ext.__file__).parent.glob("*.py"))
-    files += [Path(__file__).with_name(name) for name in ("methods.py", "rivals.py")]
+    files = [Path(__file__).with_name("rivals.py")]
+    if kind != "classical":
+        files += [Path(__file__).with_name("methods.py")]
+        files += sorted(Path(c2bin_ext.__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

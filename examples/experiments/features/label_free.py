@@ -112,7 +112,7 @@ def picked(found: dict[str, Any], by: str) -> int:
     Coarse scales that put whole classes together agree as much as the true one does.
     """
     least = max(found[by]) * (NEAR if by == "agreement" else 1)
-    return max(k for k, value in zip(found["k"], found[by], strict=True) if value >= least)
+    return max(int(k) for k, value in zip(found["k"], found[by], strict=True) if value >= least)
 
 
 def table(results: dict[str, Any], given: dict[str, tuple[Array, Array]]) -> str:

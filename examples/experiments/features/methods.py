@@ -34,14 +34,21 @@ class Method:
         options = {"n_clusters": (k, 4 * k, 16 * k), "random_state": seed, **self.options}
         if self.kind == "loss":
             return rivals.OtherLoss(self.name.split(",")[0], **options)
-        start = options.pop("start", "k-means")
-        return (C2BINClustering if start == "k-means" else RandomStart)(**options)
+        return {"k-means": C2BINClustering, "random": RandomStart, "still": Still}[
+            options.pop("form", "k-means")
+        ](**options)
 
 
 class RandomStart(C2BINClustering):
     """Heads that do not start from k-means."""
 
     _warm_up = 0
+
+
+class Still(C2BINClustering):
+    """Rows that are not moved as neighbours differ."""
+
+    _jitter = 0.0, 0.0
 
 
 UNSEEDED = ("agglomerative", "HDBSCAN")
@@ -78,6 +85,7 @@ def ablations(k: int, views: bool) -> list[Method]:
         "batch 256": {"batch_size": 256},
         "batch 1,024": {"batch_size": 1024},
         "best of 3 runs by the loss": {"n_init": 3},
-        "random start": {"start": "random"},
+        "random start": {"form": "random"},
+        "rows not moved": {"form": "still"},
     }
     return [Method(name, views=views, options=options) for name, options in changes.items()]
