@@ -6,6 +6,7 @@ A comment before a block of code says what the block needs: `<!-- test: setup`, 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import io
@@ -88,6 +89,25 @@ def test_code(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 exec(compile(code, str(page), "exec"), namespace)
     finally:
         mock.patch.stopall()
+
+
+def test_the_tutorial_trains_as_the_example_does() -> None:
+    def statements(nodes: list[Any]) -> Iterator[str]:
+        for node in nodes:
+            yield from statements(node.body) if hasattr(node, "body") else [ast.unparse(node)]
+
+    def training(code: str) -> tuple[dict[str, list[str]], list[str]]:
+        body = ast.parse(code).body
+        functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+        lines = [line for line in statements(body) if line != "history = []"]
+        first = next(i for i, line in enumerate(lines) if line.startswith("backbone = "))
+        last = lines.index("average.update_parameters(runner)")
+        return {f.name: [*statements(f.body)] for f in functions}, lines[first:last]
+
+    cells = blocks(ROOT / "docs" / "tutorials" / "own-loop.md")
+    tutorial = "".join(cell.code for cell in cells if cell.language.startswith("{code-cell}"))
+    example = (ROOT / "examples" / "plain_pytorch.py").read_text(encoding="utf-8")
+    assert training(tutorial) == training(example)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
@@ -197,7 +217,7 @@ def test_configs_exist() -> None:
 
 # --- numbers --------------------------------------------------------------------------------------
 
-# The rows of the Decisions page, and the variant of docs/results/decisions*.json that each is.
+# Rows of docs/explanation/defaults.md, and the variant of docs/results/decisions*.json of each.
 ROWS = {
     "contrast with": "against the runner",
     "`normalize`": "features as they are",

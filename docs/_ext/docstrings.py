@@ -62,6 +62,8 @@ def _inline(text: str, names: dict[str, str]) -> str:
         if content in names:
             shown = content.removeprefix("c2bin_ext.")
             return f":py:obj:`{shown} <{names[content]}>`"
+        if page := re.fullmatch(r"docs/(.+)\.md", content):
+            return f":doc:`/{page[1]}`"
         return f"``{content}``"
 
     # A star or a bar of prose is no markup; inside code it stays as it is.

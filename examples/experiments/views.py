@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from c2bin_ext._hosts import whole_file
 from experiments.data import Images
 
 
@@ -80,17 +81,18 @@ class StoredViews(Dataset[tuple[tuple[Tensor, Tensor], int]]):
     def __init__(self, path: Path, views: Views, epochs: int) -> None:
         self.labels = views.labels
         if not path.exists():
-            part = path.with_name(path.name + ".part")
             shape = (epochs, len(views), 2, *views.images.shape[1:])
-            stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-            with tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar:
+            with (
+                whole_file(path) as part,
+                tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar,
+            ):
+                stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
                 for epoch in range(epochs):
                     for index in range(len(views)):
                         pair = torch.stack(views[epoch, index][0])
                         stored[epoch, index] = pair.add(1).mul(127.5).round().byte().numpy()
                         bar.update()
-            stored.flush()
-            part.replace(path)
+                stored.flush()
         self.stored = np.load(path, mmap_mode="r")
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:
