@@ -184,6 +184,7 @@ def computed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--processes", type=int, nargs="+", default=WORLDS)
     parser.add_argument("--gigabytes", type=float, default=25.0, help="a second, from each GPU")
     parser.add_argument("--latency", type=float, default=5.0, help="microseconds a ring step")
     parser.add_argument("--out", type=Path, help="write distributed_cost.json and .md here")
@@ -204,7 +205,7 @@ def main() -> None:
         "| --- " * 6 + "|",
     ]
     results: dict[str, Any] = {"measured": {}, "computed": {}}
-    for world in WORLDS:
+    for world in args.processes:
         found = measured(world, args.rounds)
         results["measured"][world] = found
         for name, what in (("sums", "sums"), ("gathered", "gathered assignments")):
