@@ -202,7 +202,7 @@ def main() -> None:
     }
     lines = [
         "| processes | form | collectives a step | sent by each, KiB | ms a step | against sums |",
-        "| --- " * 6 + "|",
+        "| ---: | --- " + "| ---: " * 4 + "|",
     ]
     results: dict[str, Any] = {"measured": {}, "computed": {}}
     for world in args.processes:
@@ -217,7 +217,7 @@ def main() -> None:
     lines += [
         "",
         "| GPUs | global batch | K | sums: MiB sent, ms | gathered: MiB sent, ms |",
-        "| --- " * 5 + "|",
+        "| ---: | ---: | --- | ---: | ---: |",
     ]
     for heads in (HEADS, LARGE):
         results["computed"][str(heads)] = computed(heads, 1e9 * args.gigabytes, 1e-6 * args.latency)

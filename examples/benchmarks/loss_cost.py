@@ -369,7 +369,7 @@ def main() -> None:
     title = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "command")
     lines = [f"{title}.", ""]
     lines += ["| n | K | what | ms | ratio to the floor | peak MiB | operators |"]
-    lines += ["| --- " * 7 + "|"]
+    lines += ["| --- " * 3 + "| ---: " * 4 + "|"]
     print("\n".join(lines), flush=True)
     results, met = [], []
     for n, scales in sizes:
