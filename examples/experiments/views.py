@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from c2bin_ext._hosts import whole_file
+from c2bin_ext._hosts import seed_generators, whole_file
 from experiments.data import Images
 
 
@@ -27,9 +26,7 @@ def stream(seed: int, epoch: int) -> int:
 def seed_epoch(seed: int, epoch: int) -> None:
     """Seed all generators, so that a resumed run draws what an uninterrupted one draws."""
     start = stream(seed, epoch) % 2**32
-    torch.manual_seed(start)
-    np.random.seed(start)
-    random.seed(start)
+    seed_generators(start, start, start)
 
 
 def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:
