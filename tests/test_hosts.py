@@ -14,9 +14,13 @@ from c2bin_ext._hosts import epoch_checkpoint, whole_file
 def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "numbers.csv"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="full"), whole_file(path) as part:
+
+    def half(part: Path) -> None:
         part.write_text("ne")
         raise RuntimeError("full")
+
+    with pytest.raises(RuntimeError, match="full"), whole_file(path) as part:
+        half(part)
     assert path.read_text() == "old"
     with whole_file(path) as part:
         part.write_text("new")
