@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,27 @@ from torch import Tensor
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a place beside `path` to write to; what is written there then becomes `path` in one go.
 
-    After an error, or a kill, `path` is as it was.
+    After an error, or a kill, `path` is as it was; of two processes, the last one's is there.
     """
-    part = Path(f"{os.fspath(path)}.part")
-    yield part
-    os.replace(part, path)
+    part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def epoch_checkpoint(path: Path) -> Any:
+    """Return a callback that keeps all that a resumed run needs in `path`, after each epoch."""
+    from pytorch_lightning.callbacks import Checkpoint
+
+    class EpochCheckpoint(Checkpoint):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            # All processes have a part in it; the first one writes.
+            with whole_file(path) if trainer.is_global_zero else nullcontext(path) as part:
+                trainer.save_checkpoint(part)
+
+    return EpochCheckpoint()
 
 
 def seed_generators(for_torch: int, for_numpy: int, for_python: int) -> None:

@@ -25,8 +25,8 @@ class MultiScaleClusterHead(nn.Module):
         num_clusters: K of each head, in the order of the outputs.
         bias: whether the linear map has a bias.
         normalize: L2-normalise every image's features to the length √d first, `√d r / ‖r‖` in
-            place of `r`, so that none counts for more by its length: see the Decisions page. A
-            vector that is zero stays zero.
+            place of `r`, so that none counts for more by its length, see
+            `docs/explanation/defaults.md`. A vector that is zero stays zero.
         hidden_features: width of one hidden layer, `hidden` (linear, batch norm, ReLU), between
             features and the fused linear. It helps on the fixed features of a pretrained network,
             and hurts when the backbone trains. None: no such layer, as printed.

@@ -25,6 +25,9 @@ __all__ = [
 class _Loss(nn.Module):
     """Options as attributes, read at every call, so that a schedule may set them."""
 
+    gather_distributed: bool
+    validate_args: bool
+
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
         own = {"self", "__class__"}
@@ -110,6 +113,11 @@ class BCAContrastiveLoss(_Loss):
     Source: C2BIN, section 3.3; `functional.bca_contrastive_loss`.
     """
 
+    temperature: float
+    similarity: str
+    positive_in_denominator: bool
+    symmetric: bool
+
     def __init__(
         self,
         temperature: float = 0.5,
@@ -153,6 +161,8 @@ class ClusterEntropyRegularizer(_Loss):
 
     Source: C2BIN, section 3.3; `functional.cluster_entropy_regularizer`.
     """
+
+    reduction: str
 
     def __init__(
         self,
@@ -199,6 +209,13 @@ class MultiScaleClusterLoss(_Loss):
 
     Source: C2BIN, sections 3.3 and 3.4; `functional.multi_scale_cluster_loss`.
     """
+
+    entropy_weight: float
+    temperature: float
+    similarity: str
+    positive_in_denominator: bool
+    symmetric: bool
+    reduction: str
 
     def __init__(
         self,
@@ -266,9 +283,18 @@ class C2BINLoss(_Loss):
         >>> output.loss.shape
         torch.Size([])
 
-    Source: C2BIN, sections 3.3 to 3.5; `functional.c2bin_loss`. The defaults are measured: see the
-    Decisions page.
+    Source: C2BIN, sections 3.3 to 3.5; `functional.c2bin_loss`. The defaults are measured, see
+    `docs/explanation/defaults.md`.
     """
+
+    cluster_weight: float
+    entropy_weight: float
+    temperature: float
+    similarity: str
+    positive_in_denominator: bool
+    symmetric: bool
+    symmetric_alignment: bool
+    reduction: str
 
     def __init__(
         self,
@@ -297,7 +323,7 @@ class C2BINLoss(_Loss):
                 Table 7 or 10.
 
         Returns:
-            The loss. It trains worse than the default: see the Decisions page.
+            The loss. It trains worse than the default, see `docs/explanation/defaults.md`.
 
         Raises:
             TypeError: an unknown argument, or one of the wrong type.

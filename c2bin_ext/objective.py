@@ -56,7 +56,8 @@ class C2BINObjective(nn.Module):
         >>> output = objective((p0, p1), (z0, z1), (r0, r1), target_features=(f0, f1))
         >>> output.loss.backward()
 
-    Source: C2BIN, sections 3.2 to 3.5. What is not as printed is measured: see the Decisions page.
+    Source: C2BIN, sections 3.2 to 3.5. What is not as printed is measured, see
+    `docs/explanation/defaults.md`.
     """
 
     def __init__(

@@ -14,11 +14,13 @@ from c2bin_ext.metrics import clustering_accuracy, knn_accuracy
 
 def augment(images: torch.Tensor) -> torch.Tensor:
     maps = torch.eye(2, 3) + 0.15 * torch.randn(len(images), 2, 3)  # rotate, scale, shift
-    return grid_sample(images, affine_grid(maps, list(images.shape), False), align_corners=False)
+    grid = affine_grid(maps, list(images.shape), align_corners=False)
+    return grid_sample(images, grid, align_corners=False)
 
 
 def mlp(d_in: int, d_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(d_in, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, d_out))
+    hidden = nn.Linear(d_in, 96), nn.BatchNorm1d(96), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(96, d_out))
 
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -34,9 +36,11 @@ backbone = nn.Sequential(nn.Conv2d(1, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(
 projector, predictor = mlp(1024, 64), mlp(64, 64)
 objective = C2BINObjective(in_features=1024, num_clusters=(10, 20, 40))  # cluster heads and loss
 runner = nn.Sequential(backbone, projector)  # the online network
-average = AveragedModel(runner, multi_avg_fn=get_ema_multi_avg_fn(0.99)).requires_grad_(False)
+average = AveragedModel(runner, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+average.requires_grad_(False)
 follower_backbone, follower_projector = average.module.children()  # the EMA target network
-optimizer = torch.optim.AdamW(nn.ModuleList([runner, predictor, objective]).parameters(), lr=1e-3)
+trained = nn.ModuleList([runner, predictor, objective])  # the heads too
+optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
 
 for step in range(1, steps + 1):
     batch = images[train[torch.randint(len(train), (256,))]]

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from c2bin_ext import _formulas
 from c2bin_ext.functional import (
     bca_contrastive_loss,
     bootstrap_alignment_loss,
@@ -72,7 +73,8 @@ class TestEveryForm:
     @over("second derivatives")
     def test_second_derivatives(self, case: Case) -> None:
         function, inputs = flattened(case)
-        assert gradgradcheck(function, inputs)
+        # Along a random direction of the inputs and of the gradients: all entries at once.
+        assert gradgradcheck(function, inputs, fast_mode=True)
 
     @loads_forward_mode
     @over("func")
@@ -187,6 +189,21 @@ class TestSharing:
             hooked.register_hook(calls.append)
             torch.autograd.grad(call(hooked), hooked, create_graph=True)
             assert len(calls) == 1
+
+
+class TestTiles:
+    @contrasts
+    @pytest.mark.parametrize("tile", [1, 5, 12, 20])
+    def test_a_large_head_is_worked_on_some_rows_at_a_time(
+        self, tile: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inputs = list(views(9, 5))
+        value = bca_contrastive_loss(*inputs, **options)
+        whole = torch.autograd.grad(value, inputs)
+        monkeypatch.setattr(_formulas, "_TILE", tile)  # 1, 1, 2 and 4 of its 5 rows
+        tiled = bca_contrastive_loss(*inputs, **options)
+        close(tiled.detach(), value.detach())
+        close(list(torch.autograd.grad(tiled, inputs)), list(whole))
 
 
 class TestTemperatures:

@@ -303,7 +303,7 @@ class TestContrast:
         close(twice, bca_contrastive_loss(first, second))
 
     def test_as_printed_it_cannot_tell_balance_from_collapse(self) -> None:
-        """Why the printed form needs its entropy term, and its positive: see the Decisions page."""
+        """Why the printed form needs its entropy term, and its positive."""
         n, k = 24, 6
 
         def values(**more: Any) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -27,12 +27,14 @@ from cases import (
 )
 from helpers import Recorder, signature
 from torch import Tensor, nn
+from typing_extensions import assert_type
 
 from c2bin_ext import (
     BCAContrastiveLoss,
     BootstrapAlignmentLoss,
     C2BINLoss,
     C2BINLossOutput,
+    C2BINObjective,
     ClusterEntropyRegularizer,
     ClusterLossOutput,
     MultiScaleClusterLoss,
@@ -212,6 +214,23 @@ class TestOutput:
 
 
 class TestConfiguration:
+    @pytest.mark.parametrize("module", SIGNATURES)
+    def test_types_of_options(self, module: type[nn.Module]) -> None:
+        declared = get_type_hints(module)
+        for name, kind in get_type_hints(module.__init__).items():
+            assert name == "return" or declared[name] is kind
+
+    def test_types_of_options_under_mypy(self) -> None:
+        assert_type(BootstrapAlignmentLoss().validate_args, bool)
+        assert_type(BCAContrastiveLoss().temperature, float)
+        assert_type(ClusterEntropyRegularizer().reduction, str)
+        assert_type(MultiScaleClusterLoss().entropy_weight, float)
+        loss = C2BINObjective(4).loss
+        assert_type(loss.cluster_weight, float)
+        assert_type(loss.symmetric, bool)
+        loss.cluster_weight *= 0.5  # a schedule
+        assert loss.cluster_weight == 0.25
+
     @pytest.mark.parametrize("module", SIGNATURES)
     def test_signature(self, module: type[nn.Module]) -> None:
         assert signature(module) == SIGNATURES[module]

@@ -76,8 +76,9 @@ def test_scores_are_those_of_all_batches_together(batch: int) -> None:
     assert monitor.compute() == pytest.approx(expected(view, other, labels), abs=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
-def test_what_pads_a_share_is_not_counted(rank: int) -> None:
+def test_what_pads_a_share_is_not_counted(rank: int, batch: int) -> None:
     view, other, labels = data()
     items = TensorDataset(torch.arange(IMAGES))
     sampler: DistributedSampler[Any] = DistributedSampler(
@@ -88,9 +89,9 @@ def test_what_pads_a_share_is_not_counted(rank: int) -> None:
     assert share == [*own, *([0] if rank == 3 else [])]
 
     monitor = ClusterMonitor(HEADS)
-    monitor.reset(DataLoader(items, batch_size=2, sampler=sampler))
-    for start in range(0, len(share), 2):
-        rows = share[start : start + 2]
+    monitor.reset(DataLoader(items, batch_size=batch, sampler=sampler))
+    for start in range(0, len(share), batch):
+        rows = share[start : start + batch]
         monitor.update([v[rows] for v in view], labels[rows], [o[rows] for o in other])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

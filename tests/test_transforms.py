@@ -18,6 +18,7 @@ from cases import (
     close,
     evaluate,
     flat,
+    head_of,
     over,
     random_assignments,
     random_embeddings,
@@ -62,10 +63,12 @@ def agree(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
 class TestCompile:
     @over()
     def test_whole_graph_with_gradients(self, case: Case) -> None:
-        # The second micro-batch is traced anew: with one head, in half the time.
-        heads = HEADS[:1] if "micro-batches" in case.name else HEADS[:2]
-        module, arguments = case.build(), case.arguments(heads=heads)
-        compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
+        # Each micro-batch is traced anew, and so are the heads in it: with one head, in half the
+        # time; those graphs and those of the objective by itself are others' rows already.
+        micro = "micro-batches" in case.name
+        module, arguments = case.build(), case.arguments(heads=HEADS[:1] if micro else HEADS[:2])
+        backend = "eager" if micro and head_of(module) is not None else "aot_eager"
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
         agree(evaluate(compiled, arguments), evaluate(module, arguments))
 
     @pytest.mark.parametrize("name", DYNAMIC)
@@ -95,7 +98,7 @@ class TestCompile:
     @pytest.mark.parametrize("name", ["objective", "features and follower"])
     def test_half_inputs(self, name: str, dtype: torch.dtype) -> None:
         module, arguments = CASES[name].build().float(), CASES[name].arguments(dtype=dtype)
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
         value = compiled(*arguments).loss
         assert value.dtype is torch.float32
         close(value, module(*arguments).loss, 1e-5)
@@ -123,9 +126,9 @@ class TestCompile:
     # torch's compiler uses some of torch's own deprecated functions.
     @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
     @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
-    @pytest.mark.parametrize("name", ["features and follower"])
-    def test_inductor(self, name: str) -> None:
-        case = CASES[name]
+    def test_inductor(self) -> None:
+        # The formula with most operators of its own: each kernel takes the C++ compiler seconds.
+        case = CASES["contrast"]
         module, arguments = case.build().float(), case.arguments(dtype=torch.float32)
         compiled = torch.compile(module, fullgraph=True, backend="inductor")
         agree(evaluate(compiled, arguments), evaluate(module, arguments), 1e-4)

@@ -20,6 +20,8 @@ from c2bin_ext.testing.presets import alignment, balance, contrast
 
 Kind: TypeAlias = Literal["assignment", "assignment_pair", "embedding_pair"]
 Problem: TypeAlias = "str | None"
+# A loss, or for `additive_over_shards` what returns one tensor or several.
+Statistic: TypeAlias = "Callable[..., Tensor | Sequence[Tensor]]"
 NAMES: dict[str, tuple[str, ...]] = {
     "assignment": ("assignments",),
     "assignment_pair": ("assignments0", "assignments1"),
@@ -50,7 +52,7 @@ class Invariant:
         REGISTRY[self.name] = self
         return trial
 
-    def __call__(self, loss: Loss, /, kind: str = "", **given: Any) -> None:
+    def __call__(self, loss: Statistic, /, kind: str = "", **given: Any) -> None:
         """Check a loss, in every dtype; `given` holds options and how and where to look."""
         __tracebackhide__ = True
         kind = kind or (ALL[1] if ALL[1] in self.kinds and self.name != SHARDS else self.kinds[0])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 Loss: TypeAlias = Callable[..., Tensor]
 Example: TypeAlias = dict[str, Any]
+PHASES = [Phase.generate, Phase.shrink]
 
 
 class _Counterexample(Exception):  # noqa: N818
@@ -99,7 +100,7 @@ def search(
     options: dict[str, Any] = {"max_examples": max_examples, "derandomize": derandomize}
     options |= {"database": None, "deadline": None, "report_multiple_bugs": False}
     options |= {"verbosity": Verbosity.quiet, "print_blob": False}
-    options |= {"suppress_health_check": [*HealthCheck], "phases": [Phase.generate, Phase.shrink]}
+    options |= {"suppress_health_check": [*HealthCheck], "phases": PHASES}
     with _no_constants():
         try:
             settings(**options)(given(examples)(holds))()

@@ -62,6 +62,8 @@ def _inline(text: str, names: dict[str, str]) -> str:
         if content in names:
             shown = content.removeprefix("c2bin_ext.")
             return f":py:obj:`{shown} <{names[content]}>`"
+        if page := re.fullmatch(r"docs/(.+)\.md", content):
+            return f":doc:`/{page[1]}`"
         return f"``{content}``"
 
     # A star or a bar of prose is no markup; inside code it stays as it is.
@@ -164,8 +166,9 @@ def _section(title: str, lines: list[str], names: dict[str, str]) -> Iterator[st
                 raise ValueError(f"{title}: no `name: text` in {item!r}")
             for name in match["name"].split(", "):
                 kind = f" *({match['type']})*" if match["type"] else ""
-                shown = name.strip().replace("*", r"\*")
-                yield f":{role} {shown}:{kind} {_inline(match['text'], names)}"
+                shown = re.sub(r"\*|_$", r"\\\g<0>", name.strip())
+                text = re.sub(r"^\w\.$", r"\\\g<0>", match["text"])  # no item of a list
+                yield f":{role} {shown}:{kind} {_inline(text, names)}"
         yield ""
 
 
@@ -214,8 +217,10 @@ def _process(names: dict[str, str]) -> Callable[..., None]:
 
 
 def _skip(app: Sphinx, what: str, name: str, item: Any, skip: bool, options: Any) -> bool | None:
-    # The fields of a named tuple are described in its docstring, `forward` under `__call__`.
-    return True if type(item).__name__ == "_tuplegetter" or name == "forward" else None
+    # The fields of a named tuple are described in its docstring, `forward` under `__call__`. The
+    # others are what a host asks for or adds: torch, the benchmarks, scikit-learn.
+    hidden = re.fullmatch(r"forward|extra_repr|form|set_\w+_request", name)
+    return True if type(item).__name__ == "_tuplegetter" or hidden else None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -107,12 +107,7 @@ class Smoothed(nn.Module):
         self.loss, self.running = loss, RunningStatistics(decay)
 
     def forward(
-        self,
-        predictions: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        heads: Views,
-        target_assignments: None = None,
-        statistics: None = None,
+        self, predictions: Sequence[Tensor], targets: Sequence[Tensor], heads: Views, **none: None
     ) -> Any:
         """Return the loss and its parts, as `C2BINLoss` does."""
         loss = self.loss
@@ -136,12 +131,7 @@ class Queued(nn.Module):
         self.loss, self.queue = loss, queue
 
     def forward(
-        self,
-        predictions: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        heads: Views,
-        target_assignments: None = None,
-        statistics: None = None,
+        self, predictions: Sequence[Tensor], targets: Sequence[Tensor], heads: Views, **none: None
     ) -> Any:
         """Return the loss and its parts, as `C2BINLoss` does."""
         own, options = self.loss(predictions, targets, heads), self.loss.options()

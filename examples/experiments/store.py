@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from c2bin_ext._hosts import whole_file
 
 Result = dict[str, Any]
 
@@ -25,9 +26,8 @@ class ExperimentError(Exception):
 
 def write(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all, whoever else writes it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read(path: Path) -> Any:

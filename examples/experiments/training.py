@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from c2bin_lightly import C2BIN
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from c2bin_ext._hosts import epoch_checkpoint, whole_file
 from experiments.data import Images
 from experiments.evaluation import Features, extract, lightly_knn
 from experiments.store import ExperimentError
@@ -143,20 +143,6 @@ class Progress(Callback):
             self.bar.close()
 
 
-class EpochCheckpoint(Checkpoint):
-    """Keeps all that a resumed run needs after each epoch; a kill while it writes harms nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write beside the last checkpoint, then put the new one in its place in one go."""
-        part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            os.replace(part, self.path)
-
-
 class Snapshots(Callback):
     """Keeps test features and assignments at some epochs."""
 
@@ -182,9 +168,8 @@ def save_arrays(path: Path, model: LightningModule, test: Features) -> None:
     """Write features and assignments so that the file is there whole or not at all."""
     heads = own_heads(model, test.features)
     arrays: dict[str, Any] = {f"head{i}": p.cpu() for i, p in enumerate(heads)}
-    part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, test=test.features.cpu().numpy(), **arrays)
-    part.replace(path)
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, test=test.features.cpu().numpy(), **arrays)
 
 
 def fit(
@@ -229,7 +214,7 @@ def fit(
         callbacks=[
             progress,
             Snapshots(folder, images, settings.get("snapshots", ())),
-            EpochCheckpoint(checkpoint),
+            epoch_checkpoint(checkpoint),
         ],
         use_distributed_sampler=False,  # EpochSampler shares batches out
         logger=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from c2bin_ext._hosts import seed_generators, whole_file
 from experiments.data import Images
 
 
@@ -26,9 +26,7 @@ def stream(seed: int, epoch: int) -> int:
 def seed_epoch(seed: int, epoch: int) -> None:
     """Seed all generators, so that a resumed run draws what an uninterrupted one draws."""
     start = stream(seed, epoch) % 2**32
-    torch.manual_seed(start)
-    np.random.seed(start)
-    random.seed(start)
+    seed_generators(start, start, start)
 
 
 def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:
@@ -80,17 +78,18 @@ class StoredViews(Dataset[tuple[tuple[Tensor, Tensor], int]]):
     def __init__(self, path: Path, views: Views, epochs: int) -> None:
         self.labels = views.labels
         if not path.exists():
-            part = path.with_name(path.name + ".part")
             shape = (epochs, len(views), 2, *views.images.shape[1:])
-            stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-            with tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar:
+            with (
+                whole_file(path) as part,
+                tqdm(total=epochs * len(views), desc="views", leave=False, disable=None) as bar,
+            ):
+                stored = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
                 for epoch in range(epochs):
                     for index in range(len(views)):
                         pair = torch.stack(views[epoch, index][0])
                         stored[epoch, index] = pair.add(1).mul(127.5).round().byte().numpy()
                         bar.update()
-            stored.flush()
-            part.replace(path)
+                stored.flush()
         self.stored = np.load(path, mmap_mode="r")
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], int]:

@@ -15,7 +15,6 @@ import torch
 from c2bin_lightly.training import C2BIN
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from c2bin_explore.backbones import backbone
 from c2bin_explore.images import ExploreError
-from c2bin_ext._hosts import seed_generators, whole_file
+from c2bin_ext._hosts import epoch_checkpoint, seed_generators
 from c2bin_ext.checkpoints import load_backbone
 
 BACKBONES = ("small", "resnet18", "resnet50")
@@ -227,17 +226,6 @@ class _Progress(Callback):
             self.bar.close()
 
 
-class _EpochCheckpoint(Checkpoint):
-    """Keeps all that a resumed run needs after each epoch; a kill while it writes harms nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with whole_file(self.path) as part:
-            trainer.save_checkpoint(part)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the trainer's advice to developers off the terminal of somebody who has a folder."""
@@ -294,7 +282,7 @@ def train(pixels: Tensor, settings: Settings, checkpoint: Path, kind: str) -> Mo
             devices=1,
             precision=precision,
             max_epochs=settings.epochs,
-            callbacks=[_Progress(batches), _EpochCheckpoint(checkpoint)],
+            callbacks=[_Progress(batches), epoch_checkpoint(checkpoint)],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -38,7 +38,7 @@ __all__ = [
 transform = BYOLTransform()
 
 # What C2BINLoss takes of the paper's Table 7. The other options stay at the library's defaults
-# instead of the printed ones, which collapse: see the page on decisions.
+# instead of the printed ones, which collapse: docs/explanation/defaults.md.
 TABLE_7: dict[str, Any] = {"cluster_weight": 1.0, "entropy_weight": 0.05, "temperature": 0.2}
 
 

@@ -148,8 +148,7 @@ class TestResume:
     @classmethod
     def whole(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("whole") / "out"
-        done = run("demo.py", *TINY, "--out", out)
-        assert done.returncode == 0, done.stderr
+        assert call_demo(*TINY, "--out", out) == 0
         return out
 
     @staticmethod
@@ -209,8 +208,8 @@ class TestResume:
         assert any(name.startswith("follower_backbone") for name in names)
 
     def test_the_number_of_workers_changes_nothing(self, whole: Path, tmp_path: Path) -> None:
-        done = run("demo.py", *TINY[:-2], "c2bin", "--workers", 0, "--out", tmp_path / "out")
-        assert done.returncode == 0, done.stderr
+        command = (*TINY[:-2], "c2bin", "--workers", 0, "--out", tmp_path / "out")
+        assert call_demo(*command) == 0
         ours, theirs = (
             weights(run_folder(o, "c2bin") / "last.ckpt")["state_dict"]
             for o in (tmp_path / "out", whole)
@@ -237,7 +236,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_two_processes_make_one_result(tmp_path: Path) -> None:
-    done = run("demo.py", *TINY, "--devices", 2, "--accelerator", "cpu", "--out", tmp_path / "out")
+    tiny = (*TINY[:-2], "c2bin", "--devices", 2, "--accelerator", "cpu")
+    done = run("demo.py", *tiny, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| method") == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]

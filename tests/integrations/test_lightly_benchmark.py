@@ -589,7 +589,7 @@ warnings.filterwarnings("ignore")
 warnings.filterwarnings("error", message=".*sync_dist.*")
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 torch.set_num_threads(1)
-mode, folder, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+folder, devices = Path(sys.argv[2]), int(sys.argv[3])
 
 
 class Views(Dataset):
@@ -615,8 +615,8 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(kind, workers, validates):
-    here = folder / f"{kind}-{workers}-{validates}"
+def run(mode, kind, workers, validates):
+    here = folder / ("whole" if mode == "whole" else "killed") / f"{kind}-{workers}-{validates}"
     seed_everything(3, workers=True, verbose=False)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
     own = {"C2BIN": {"num_clusters": (3, 5)}, "MoCoV2": {"queue_size": 24}}[kind]
@@ -644,9 +644,10 @@ def run(kind, workers, validates):
 
 if __name__ == "__main__":
     multiprocessing.set_forkserver_preload(["c2bin_lightly"])
-    for kind in sys.argv[4:]:
-        name, workers, validates = kind.split(",")
-        run(name, int(workers), int(validates))
+    for mode in sys.argv[1].split("+"):
+        for kind in sys.argv[4:]:
+            name, workers, validates = kind.split(",")
+            run(mode, name, int(workers), int(validates))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 """
@@ -665,9 +666,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Pat
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK")}
     environment["OMP_NUM_THREADS"] = "1"
 
-    def start(mode: str, devices: int, *cases: str) -> subprocess.Popen[bytes]:
-        folder = top / f"{devices}" / ("whole" if mode == "whole" else "killed")
-        command = [sys.executable, script, mode, folder, str(devices), *cases]
+    def start(modes: str, devices: int, *cases: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, script, modes, top / str(devices), str(devices), *cases]
         # To a file: a pipe would be open as long as a rank that waits for a dead one, and its
         # workers, live.
         with (top / "errors").open("ab") as errors:
@@ -685,8 +685,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Pat
     for devices, cases in CASES.items():
         for process in [start("kill", devices, case) for case in cases]:
             end(process, -signal.SIGKILL)
-        for process in [start("whole", devices, *cases), start("resume", devices, *cases)]:
-            end(process, 0)
+        # One process for both saves imports; the resumed runs come first, in a fresh one.
+        end(start("resume+whole", devices, *cases), 0)
     return {n: {m: top / str(n) / m for m in ("whole", "killed")} for n in CASES}
 
 

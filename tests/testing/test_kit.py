@@ -547,6 +547,9 @@ def test_sums_over_shards() -> None:
         return [a.sum(), b.mean() * b.shape[1]]
 
     check_additive_over_shards(functional.cluster_mass)
+    several_tensors: Callable[[Callable[..., tuple[Tensor, ...]]], None]
+    several_tensors = check_additive_over_shards  # mypy: it takes what returns several
+    several_tensors(lambda view: (view.sum(), view.sum(dim=0)))
     check_additive_over_shards(several, PAIR)
     with pytest.raises(InvariantError, match="from sums over shards") as caught:
         check_additive_over_shards(lambda view: view.mean(dim=0))

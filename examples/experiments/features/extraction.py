@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from c2bin_ext._hosts import whole_file
 from experiments.features import networks
 from experiments.features.images import Pictures
 
@@ -92,10 +92,8 @@ class Extractor:
             batches = list(self._batches(pictures, view, start, stop))
         block = torch.cat(batches).half().numpy()
         self.cache.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{key}.{os.getpid()}.part")
-        with part.open("wb") as file:
+        with whole_file(path) as part, part.open("wb") as file:
             np.save(file, block)
-        os.replace(part, path)
         return block
 
     @torch.inference_mode()

@@ -96,7 +96,7 @@ def table3(lab: Lab) -> Report:
     how = (
         "ACC matches clusters one to one with classes; purity lets each stand for its commonest "
         "class, which is how the paper words its ACC. Pixels are clustered on the test images "
-        "themselves; k-means of features and C2BIN's head are fitted on training images alone. The "
+        "themselves; k-means of features and C2BIN's head are fitted on training images only. The "
         "published results of this literature often train on the test images too."
     )
     whole = markdown(["method", *DATASETS.values()], all_rows)

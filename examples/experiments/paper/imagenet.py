@@ -165,7 +165,7 @@ def table2(lab: Lab) -> Report:
     how = (
         f"The check takes {CHECK_IMAGES['train']} training images or one of each class through "
         "training, the stored checkpoint and a linear classifier; its accuracy means nothing. "
-        "--solo FOLDER checks the same way through solo-learn's own scripts and Tables 7 and 8."
+        "`--solo FOLDER` checks the same way through solo-learn's own scripts and Tables 7 and 8."
     )
     parts = [
         table,
