@@ -317,6 +317,16 @@ class TestObjective:
         trained = [id(p) for p in model.parameters() if p.requires_grad]
         assert sorted(listed) == sorted(trained)
 
+    def test_starts_from_torchvision_s_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torchvision.models import ResNet18_Weights, resnet18
+
+        published = resnet18().state_dict()
+        monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda *_, **__: published)
+        model = build(data__dataset="custom", backbone__kwargs__weights="IMAGENET1K_V1")
+        for network in (model.backbone, model.momentum_backbone):
+            for name, value in network.state_dict().items():
+                assert torch.equal(value, published[name]), name
+
     @pytest.mark.parametrize("backbone", ["vit_tiny", "resnet34"])
     def test_other_backbones(self, backbone: str) -> None:
         register()
