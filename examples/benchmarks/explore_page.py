@@ -2,11 +2,12 @@
 
     python examples/benchmarks/explore_page.py FOLDER [--mosaic 3] [--images 20000]
 
-With --mosaic N each image is N × N images of FOLDER, drawn at random: small images alone make small
-thumbnails, and these have more detail than photographs of their size.
+Of more than 2,000 images, 2,000 are read and shown again and again. With --mosaic N each is N × N
+images of FOLDER, drawn at random: small images alone make small thumbnails, and these have more
+detail than photographs of their size.
 
-The thumbnails are of FOLDER's own images; the features are the images' pixels at 4 × 4, which
-matters neither for size nor for speed. Needs chromium and chromedriver.
+The thumbnails are of FOLDER's own images; clusters, neighbours and the map are drawn at random,
+which matters neither for size nor for speed. Needs chromium and chromedriver.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any
 
 import numpy as np
 from _chromium import Browser, missing
+from c2bin_explore import analysis
 from c2bin_explore import images as files
-from c2bin_explore import main as main_of_explore
+from c2bin_explore import page as pages
 from PIL import Image
 
 # Milliseconds since navigation began: first text, the first screen complete with thumbnails, all
 # of the file parsed.
+READ = 2_000
 TIMES = """
 const paint = performance.getEntriesByName("first-contentful-paint")[0];
 return {paint: paint && paint.startTime, loaded: performance.timing.loadEventEnd -
@@ -56,16 +59,40 @@ def write_mosaics(folder: Path, count: int, edge: int, tiles: int, out: Path) ->
 
 
 def write_page(folder: Path, count: int, out: Path) -> tuple[Path, int]:
-    """Return the page and the number of images."""
+    """Return the page and the number of images, those that are read again and again."""
     paths, _ = files.find(folder, exclude=out)
-    paths = paths[:count]
-    rows = files.read_all(folder, paths, 4, 16, out / "pixels").rows
-    table = out / "features.npz"
-    np.savez(table, names=np.array(paths), features=rows.reshape(len(rows), -1).astype(np.float32))
-    arguments = [folder, "--features", table, "--out", out, "--labels", "none"]
-    if main_of_explore([*map(str, arguments), "--clusters", "10", "30", "90", "270"]):
-        raise SystemExit(1)
-    return out / "index.html", len(paths)
+    read = files.read_all(folder, paths[:READ], 8, pages.thumbnail_side(count), out / "cache")
+    draw, n = np.random.default_rng(0), count
+    again = np.arange(n) % len(read.paths)
+    images = files.Images(
+        [f"{i:06} {read.paths[again[i]]}" for i in range(n)],
+        read.rows[again],
+        [read.thumbnails[i] for i in again],
+        read.taken[again],
+        read.light[again],
+        read.sharpness[again],
+        [],
+    )
+    result = analysis.Result(
+        names=[files.shown(path) for path in images.paths],
+        labels=np.full(n, -1),
+        classes=[],
+        scales=[
+            analysis.Clusters(
+                k,
+                draw.integers(k, size=n),
+                draw.random(n, np.float32),
+                {"in_use": k, "effective": k},
+            )
+            for k in (10, 30, 90, 270)
+        ],
+        neighbours=draw.integers(n, size=(n, analysis.NEIGHBOURS)),
+        cosines=np.sort(draw.random((n, analysis.NEIGHBOURS), np.float32))[:, ::-1],
+        positions=draw.random((n, 2), np.float32),
+        map_method="at random",
+    )
+    pages.write(out, result, images, [], {}, title="page")
+    return out / "index.html", n
 
 
 def measure(page: Path, rounds: int, profile: Path) -> dict[str, Any]:
@@ -112,13 +139,15 @@ def main() -> None:
         folder = args.folder
         if args.mosaic > 1:
             folder = Path(scratch) / "mosaics"
-            write_mosaics(args.folder, args.images, 32, args.mosaic, folder)
+            write_mosaics(args.folder, min(args.images, READ), 32, args.mosaic, folder)
         page, images = write_page(folder, args.images, out)
         result: dict[str, Any] = {
             "images": images,
             "tiles_per_image": args.mosaic**2,
             "page_bytes": page.stat().st_size,
-            "thumbnail_bytes": sum(file.stat().st_size for file in out.rglob("thumbnails/*/*")),
+            "thumbnail_bytes": sum(
+                file.stat().st_size for file in out.rglob("index-thumbnails/*/*")
+            ),
             "rounds": args.rounds,
             "cores": os.cpu_count(),
             "milliseconds": measure(page, args.rounds, Path(scratch)),

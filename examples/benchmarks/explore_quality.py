@@ -5,8 +5,9 @@
 
 FOLDER has a subfolder for each class. The command runs on it three times, in processes of their
 own: with its defaults (EfficientNet-Lite0), with a network trained from scratch, and with the
-images' own pixels at 32 × 32 as features. With --photographs, it runs with its defaults on so many
-files of 12 megapixels: a tenth as many different ones, made of scikit-learn's two photographs.
+images' own pixels at 32 × 32 as features. With --only, some of these are measured, and the others
+stay as they are in --out. With --photographs, it runs with its defaults on so many files of 12
+megapixels: a tenth as many different ones, made of scikit-learn's two photographs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,17 +33,26 @@ from sklearn.datasets import load_sample_images
 from c2bin_ext.metrics import normalized_mutual_information
 
 CLUSTERS = ("10", "30", "90", "270")
+ROWS: dict[str, tuple[str, ...]] = {
+    "EfficientNet-Lite0": ("--backbone", "efficientnet-lite0"),
+    "from scratch": ("--train",),
+    "pixels": (),
+}
 
 
 def explore(folder: Path, out: Path, *options: str) -> dict[str, float]:
     """Run the command; return its seconds, by the clock and of the processor, and its memory."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "c2bin_explore", str(folder), "--out", str(out), *options]
-    subprocess.run([*command, "--device", "cpu", "--overwrite"], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": after.ru_maxrss / 1024}
+    began = time.perf_counter()
+    process = subprocess.Popen([*command, "--device", "cpu", "--overwrite"])
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(1)
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_mib": used.ru_maxrss / 1024,
+    }
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -116,12 +125,13 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("folder", type=Path, nargs="?", help="images in a subfolder per class")
     source.add_argument("--photographs", type=int, metavar="N", help="files of 12 megapixels")
-    parser.add_argument(
-        "--keep", type=Path, help="folder of the pages; by default they are deleted"
-    )
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows")
+    parser.add_argument("--keep", type=Path, help="folder of the pages (default: none)")
     parser.add_argument("--out", type=Path, help="folder of explore_….json and .md")
     args = parser.parse_args()
     load = os.getloadavg()[0]
+    name = "explore_photographs" if args.photographs else "explore"
+    stored = None if args.out is None else args.out / f"{name}.json"
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         keep = args.keep or Path(scratch)
@@ -131,31 +141,31 @@ def main() -> None:
             write_photographs(args.photographs, folder)
             results = {"EfficientNet-Lite0": explore(folder, keep / "photographs")}
         else:
-            (keep / "pixels").mkdir(parents=True, exist_ok=True)
-            raw = str(pixels(args.folder, keep / "pixels"))
-            for name, options in {
-                "EfficientNet-Lite0": ("--backbone", "efficientnet-lite0"),
-                "from scratch": ("--train",),
-                "pixels": ("--features", raw),
-            }.items():
-                out = keep / name.replace(" ", "-").lower()
+            if stored is not None and stored.exists():
+                results = json.loads(stored.read_text(encoding="utf-8"))["results"]
+            for row in args.only:
+                options = ROWS[row]
+                if row == "pixels":
+                    (keep / "raw").mkdir(parents=True, exist_ok=True)
+                    options = ("--features", str(pixels(args.folder, keep / "raw")))
+                out = keep / row.replace(" ", "-").lower()
                 again = (*options, "--labels", "folders", "--clusters", *CLUSTERS)
                 seconds = explore(args.folder, out, *again)
-                results[name] = {**seconds, **scores(out)}
-                print(table(results), flush=True)
+                results[row] = {**seconds, **scores(out)}
+            results = {row: results[row] for row in ROWS if row in results}
     settings = {
         "images": args.photographs or args.folder.name,
         "hardware": processor(torch.device("cpu")),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load_before": load,
     }
     text = json.dumps({"settings": settings, "results": results}, indent=1)
     print(text)
-    if args.out is not None:
-        name = "explore_photographs" if args.photographs else "explore"
-        (args.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    if stored is not None:
+        stored.write_text(text + "\n", encoding="utf-8")
         if not args.photographs:
-            (args.out / f"{name}.md").write_text(table(results) + "\n", encoding="utf-8")
+            stored.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

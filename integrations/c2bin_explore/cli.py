@@ -39,18 +39,18 @@ from c2bin_ext.clustering import C2BINClustering
 
 __all__ = ["main"]
 
-_PAGE, _MODEL, _SKIPPED, _THUMBNAILS = "index.html", "model.ckpt", "skipped.csv", "thumbnails"
+_PAGE, _MODEL, _SKIPPED = "index.html", "model.ckpt", "skipped.csv"
 _TABLES = ("assignments", "neighbours")
 _OUTPUTS = (
     _MODEL,
     _SKIPPED,
     *(f"{table}.{kind}" for table in _TABLES for kind in ("csv", "parquet")),
-    _THUMBNAILS,
+    pages.THUMBNAILS,
     _PAGE,
 )
 # The folder of outputs that are being written, the list of them once they are complete, and what is
 # kept from run to run.
-_UNFINISHED, _RECORD, _CACHE = "unfinished", "run.json", "cache"
+_UNFINISHED, _RECORD, _CACHE = "c2bin-explore-unfinished", "run.json", "cache"
 _DEFAULT = networks.EFFICIENTNETS[0]
 _SCALES = (10, 30, 90, 270)
 _SIDE_OF_FEATURES = 8
@@ -255,8 +255,10 @@ def _run(args: argparse.Namespace) -> None:
     try:
         _explore(args, out, paths, left_out, run)
     except (ExploreError, networks.NotInstalledError, networks.WeightsError, ValueError) as error:
-        if new and out.exists():  # of no use to anybody
-            shutil.rmtree(out)
+        if new:
+            for path in (out / _CACHE, out):
+                if path.exists() and not any(path.iterdir()):
+                    path.rmdir()
         raise ExploreError(str(error)) from error
 
 
@@ -299,13 +301,13 @@ class _Source:
     """Where features come from: a network, yet to be trained or not, or a table of them."""
 
     embedder: Embedder | None = None
-    settings: training.Settings | None = None
+    trained: str | None = None  # the backbone to train
     table: embedding.Table | None = None
     clustering: C2BINClustering | None = None
     note: str = ""  # what the reader has to know first
 
 
-def _source(args: argparse.Namespace, images: int, side: float) -> _Source:
+def _source(args: argparse.Namespace, side: float) -> _Source:
     device = _device(args.device)
     table = embedding.read_features(args.features) if args.features else None
     if args.checkpoint:
@@ -331,8 +333,6 @@ def _source(args: argparse.Namespace, images: int, side: float) -> _Source:
         known = ", ".join(training.BACKBONES)
         raise ExploreError(f"--backbone: expected one of {known} with --train, got {name}")
     size = size or training.default_image_size(side, gpu=device == "cuda")
-    batch = training.default_batch_size(images)
-    epochs = args.epochs or training.default_epochs(images, batch)
     note = (
         "The network was trained from scratch, on these images only: expect groups of like colours "
         "and shapes rather than of like things."
@@ -340,18 +340,21 @@ def _source(args: argparse.Namespace, images: int, side: float) -> _Source:
     if not args.train:
         note += f" For a pretrained one: {networks.install(_DEFAULT)}"
         print(note)
-    return _Source(
-        embedding.scratch(name, size, args.views, device, args.seed),
-        training.Settings(name, size, epochs, batch, args.seed),
-        note=note,
-    )
+    embedder = embedding.scratch(name, size, args.views, device, args.seed)
+    return _Source(embedder, name, note=note)
+
+
+def _settings(args: argparse.Namespace, source: _Source, n: int) -> training.Settings | None:
+    if source.embedder is None or source.trained is None:
+        return None
+    return training.settings_of(source.trained, source.embedder.size, n, args.epochs, args.seed)
 
 
 def _explore(
     args: argparse.Namespace, out: Path, paths: list[str], left_out: list[Skipped], run: str
 ) -> None:
     folder: Path = args.folder
-    source = _source(args, len(paths), files.typical_side(folder, paths) or 0.0)
+    source = _source(args, files.typical_side(folder, paths) or 0.0)
     if source.table is not None:
         rows = source.table[0]
         missing = [path for path in paths if path not in rows]
@@ -388,7 +391,7 @@ def _explore(
         result = analysis.analyse(
             images, features, clustering, args.labels, args.seed, progress.phase
         )
-        about = _described(args, source, clustering, len(skipped))
+        about = _described(args, source, clustering, len(skipped), n)
         _write(args, out, result, images, skipped, source, clustering, about, progress)
         names = sorted(path.name for path in (out / _UNFINISHED).iterdir())
         with whole_file(out / _UNFINISHED / _RECORD) as part:
@@ -401,12 +404,9 @@ def _seconds(n: int, source: _Source) -> dict[str, float]:
     """Return phases, and about how long each takes of n images, for their proportions."""
     size = source.embedder.size if source.embedder else 0
     seen = 1 + (source.embedder.views if source.embedder else 0)
-    training_seconds = 0.0
-    if source.settings is not None:
-        training_seconds = source.settings.epochs * n * 3e-3 * (size / 32) ** 2
     phases = {
-        "Reading images": n * (0.03 + (0 if source.settings else seen * 0.02 * (size / 224) ** 2)),
-        "Training": training_seconds,
+        "Reading images": n * (0.03 + (0 if source.trained else seen * 0.02 * (size / 224) ** 2)),
+        "Training": 300 * (size / 32) ** 2 if source.trained else 0.0,
         "Clusters": 0.0 if source.clustering else 5 + n * 4e-3,
         "Neighbours": n * n * 2e-8,
         "Map": 1 + min(n, 5000) * 4e-3 + n * 1e-4,
@@ -422,29 +422,33 @@ def _embedded(
     embedder, table = source.embedder, source.table
     size = embedder.size if embedder else _SIDE_OF_FEATURES
     thumbnail = pages.thumbnail_side(len(paths))
-    plain = embedder is None or source.settings is not None
+    plain = embedder is None or source.trained is not None
     about = (embedder.digest() if embedder and not plain else "", size, thumbnail)
     cache = out / _CACHE
+    read = cache / hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     images = files.read_all(
         args.folder,
         paths,
         size,
         thumbnail,
-        cache / hashlib.sha256(repr(about).encode()).hexdigest()[:16],
+        read,
         crop=embedder.crop if embedder else 1.0,
         resampling=embedder.network.interpolation if embedder else "BICUBIC",
         convert=np.asarray if embedder is None or plain else embedder,
         tell=progress.phase("Reading images"),
     )
+    if len(images.paths) < 2:
+        shutil.rmtree(read, ignore_errors=True)  # nothing can be made of it
     if table is not None:
         rows = [table[0][path] for path in images.paths]
         return images, table[1][rows], None if table[2] is None else table[2][:, rows]
     features = images.rows
-    if embedder is not None and source.settings is not None and len(images.paths) > 1:
-        own = (files.fingerprint(args.folder, images.paths), embedder.views, source.settings)
+    settings = _settings(args, source, len(images.paths)) if len(images.paths) > 1 else None
+    if embedder is not None and settings is not None:
+        own = (files.fingerprint(args.folder, images.paths), embedder.views, settings)
         kept = cache / f"trained-{hashlib.sha256(repr(own).encode()).hexdigest()[:16]}.ckpt"
         tell = progress.phase("Training")
-        features = training.trained(embedder, images.rows, source.settings, kept, tell)
+        features = training.trained(embedder, images.rows, settings, kept, tell)
     views = features[:, 1:].transpose(1, 0, 2) if features.ndim == 3 else features[:0]
     return images, features[:, 0], views if len(views) else None
 
@@ -484,10 +488,10 @@ def _write(
 
 
 def _described(
-    args: argparse.Namespace, source: _Source, clustering: C2BINClustering, skipped: int
+    args: argparse.Namespace, source: _Source, clustering: C2BINClustering, skipped: int, n: int
 ) -> dict[str, str]:
     """Return what the page states about the run."""
-    embedder, settings = source.embedder, source.settings
+    embedder, settings = source.embedder, _settings(args, source, n)
     if embedder is None:
         network = f"none: features of {shown(args.features.name)}"
     elif settings is not None:

@@ -94,7 +94,7 @@
   // Thumbnails: files beside the page, or chunks that follow this script, so one may not be there yet.
   const chunks = new Map();
   function thumbnail(i) {
-    if (!data.chunk) return `thumbnails/${Math.floor(i / data.folder)}/${i}.${data.suffix}`;
+    if (!data.chunk) return `index-thumbnails/${Math.floor(i / data.folder)}/${i}.${data.suffix}`;
     const number = Math.floor(place[i] / data.chunk);
     if (!chunks.has(number)) {
       const node = byId(`thumbnails-${number}`);

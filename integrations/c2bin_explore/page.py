@@ -28,6 +28,7 @@ LARGEST_PAGE = 20_000
 _SIDES, _SIDE_OF_FILES = (320, 224, 160, 112, 94), 160
 _BYTES_PER_PIXEL = 0.2
 _CHUNK = 128
+THUMBNAILS = "index-thumbnails"
 _FOLDER = 1000
 _LISTED = 1000
 # What the first screen shows of each coarse cluster comes first, to be there when it is drawn.
@@ -77,7 +78,7 @@ def write(
     note: str = "",
     tell: Tell = lambda done, total: None,
 ) -> None:
-    """Write the page, `index.html`, and the folder `thumbnails` if there are many.
+    """Write the page, `index.html`, and the folder `index-thumbnails` if there are many.
 
     Args:
         out: Folder to write to.
@@ -145,7 +146,7 @@ def write(
     else:
         for i, file in enumerate(thumbnails):
             tell(i, len(thumbnails))
-            folder = out / "thumbnails" / str(i // _FOLDER)
+            folder = out / THUMBNAILS / str(i // _FOLDER)
             if i % _FOLDER == 0:
                 folder.mkdir(parents=True)
             (folder / f"{i}.{_kind(file)}").write_bytes(file)

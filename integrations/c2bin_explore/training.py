@@ -63,6 +63,14 @@ def default_epochs(images: int, batch_size: int) -> int:
     return max(10, min(round(_SEEN / images), _STEPS // steps_of_epoch(images, batch_size)))
 
 
+def settings_of(
+    backbone: str, image_size: int, images: int, epochs: int | None, seed: int
+) -> Settings:
+    """Return the settings for n images, with the default number of epochs if none is given."""
+    batch = default_batch_size(images)
+    return Settings(backbone, image_size, epochs or default_epochs(images, batch), batch, seed)
+
+
 def steps_of_epoch(images: int, batch_size: int) -> int:
     """Return how many batches an epoch has: each image is in one of them."""
     return max(1, round(images / batch_size))

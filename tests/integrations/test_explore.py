@@ -231,7 +231,7 @@ def test_messy_folder_is_read_and_the_rest_is_named(run: Run) -> None:
         {"file": name, "reason": reason} for name, reason in run.data["skipped"]
     ]
     assert f"{len(run.bad)} skipped" in run.terminal
-    assert not (run.out / "unfinished").exists()
+    assert not (run.out / "c2bin-explore-unfinished").exists()
 
 
 def test_thumbnails_show_their_own_image(run: Run) -> None:
@@ -480,7 +480,7 @@ def test_interrupted_training_goes_on_to_the_same_end(
     pages_ = [(tmp_path / name / "index.html").read_bytes() for name in ("whole", "parts")]
     assert pages_[0] == pages_[1]
     assert not list(out.glob("cache/*.part.ckpt"))
-    assert not (out / "unfinished").exists()
+    assert not (out / "c2bin-explore-unfinished").exists()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
@@ -1104,7 +1104,7 @@ def test_killed_while_writing(
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
     assert main(again) == 0
     assert (out / "index.html").read_bytes() != before["index.html"]
-    assert not (out / "unfinished").exists()
+    assert not (out / "c2bin-explore-unfinished").exists()
 
 
 @pytest.mark.parametrize("moved", range(4))
@@ -1117,7 +1117,7 @@ def test_killed_while_files_appear(
     replace, calls = Path.replace, list[str]()
 
     def killed(self: Path, target: Path) -> Path:
-        if self.parent.name == "unfinished":
+        if self.parent.name == "c2bin-explore-unfinished":
             if len(calls) == moved:
                 raise KeyboardInterrupt
             calls.append(self.name)
@@ -1131,7 +1131,7 @@ def test_killed_while_files_appear(
     assert main(command) == 0
     assert "Finished the interrupted run" in capsys.readouterr().out
     assert {"index.html", "model.ckpt", "assignments.csv"} <= {p.name for p in out.iterdir()}
-    assert not (out / "unfinished").exists()
+    assert not (out / "c2bin-explore-unfinished").exists()
 
 
 @pytest.mark.parametrize("damage", ["record", "part"])
@@ -1148,9 +1148,9 @@ def test_damaged_run_is_set_aside(
         if path.is_file():
             path.unlink()
     if damage == "record":
-        (out / "unfinished").mkdir()
-        (out / "unfinished" / "run.json").touch()
-        wrong = out / "unfinished"
+        (out / "c2bin-explore-unfinished").mkdir()
+        (out / "c2bin-explore-unfinished" / "run.json").touch()
+        wrong = out / "c2bin-explore-unfinished"
     else:
         (wrong,) = out.glob("cache/*/*.npz")
         wrong.write_bytes(wrong.read_bytes()[:300])
@@ -1260,13 +1260,13 @@ def test_many_thumbnails_are_files_beside_the_page(
     data = json.loads(parsed.text["data"])
     assert not [name for name in parsed.text if name.startswith("thumbnails-")]
     for i, name in enumerate(data["names"]):
-        with Image.open(out / "thumbnails" / str(i // 5) / f"{i}.{data['suffix']}") as image:
+        with Image.open(out / "index-thumbnails" / str(i // 5) / f"{i}.{data['suffix']}") as image:
             wanted = solid(int(Path(name).stem)).getpixel((0, 0))
             assert np.abs(np.asarray(image.convert("RGB"))[5, 5] - np.array(wanted)).max() < 8
     # Fewer images, in one file again: no folder of before stays.
     monkeypatch.undo()
     assert main([str(folder), "--out", str(out), *QUICK, "--overwrite"]) == 0
-    assert not (out / "thumbnails").exists()
+    assert not (out / "index-thumbnails").exists()
 
 
 # --- c2bin-explore apply --------------------------------------------------------------------------
