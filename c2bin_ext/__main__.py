@@ -11,7 +11,7 @@ _EXTRAS = {
     "eval": ("scikit-learn", "scipy"),
     "testing": ("hypothesis",),
     "lightly": ("lightly", "pytorch-lightning"),
-    "explore": ("lightly", "pillow", "torchvision", "pyarrow"),
+    "explore": ("lightly", "pillow", "torchvision", "pyarrow", "efficientnet-lite-pytorch"),
     "solo": ("solo-learn", "lightning", "hydra-core"),
 }
 

@@ -2,12 +2,12 @@
 
     python examples/benchmarks/explore_page.py FOLDER [--mosaic 3] [--images 20000]
 
-With --mosaic N each image is N × N images of FOLDER, drawn at random: small images alone make small
-thumbnails, and these have more detail than photographs of their size.
+Of more than 2,000 images, 2,000 are read and shown again and again. With --mosaic N each is N × N
+images of FOLDER, drawn at random: small images alone make small thumbnails, and these have more
+detail than photographs of their size.
 
-The thumbnails are of FOLDER's own images. Nothing is trained: features are the images' pixels at
-4 × 4, and the assignments of every scale are a softmax of their cosines with images drawn at
-random. Neither matters for size and speed. Needs chromium and chromedriver.
+The thumbnails are of FOLDER's own images; clusters, neighbours and the map are drawn at random,
+which matters neither for size nor for speed. Needs chromium and chromedriver.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from _chromium import Browser, missing
 from c2bin_explore import analysis
 from c2bin_explore import images as files
 from c2bin_explore import page as pages
 from PIL import Image
-from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 # Milliseconds since navigation began: first text, the first screen complete with thumbnails, all
 # of the file parsed.
+READ = 2_000
 TIMES = """
 const paint = performance.getEntriesByName("first-contentful-paint")[0];
 return {paint: paint && paint.startTime, loaded: performance.timing.loadEventEnd -
@@ -40,7 +40,8 @@ return {paint: paint && paint.startTime, loaded: performance.timing.loadEventEnd
 PICTURES = """[...document.querySelectorAll("main img")].filter(image => {
   const box = image.getBoundingClientRect();
   return box.top < innerHeight && box.bottom > 0;
-}).every(image => image.src.startsWith("data:image/webp") && image.complete) && performance.now()"""
+}).every(image => !image.src.startsWith("data:image/gif") && image.complete && image.naturalWidth)
+&& performance.now()"""
 
 
 def write_mosaics(folder: Path, count: int, edge: int, tiles: int, out: Path) -> None:
@@ -57,29 +58,41 @@ def write_mosaics(folder: Path, count: int, edge: int, tiles: int, out: Path) ->
         mosaic.save(out / f"mosaic {number:05}.jpg", quality=92)
 
 
-def write_page(folder: Path, count: int, out: Path) -> tuple[Path, int, int]:
-    """Return the page, the number of images and of the bytes of their thumbnails."""
+def write_page(folder: Path, count: int, out: Path) -> tuple[Path, int]:
+    """Return the page and the number of images, those that are read again and again."""
     paths, _ = files.find(folder, exclude=out)
-    paths = paths[:count]
-    side = pages.thumbnail_side(len(paths))
-    images = files.read_all(folder, paths, 32, side, out / "cache")
-    pixels = torch.from_numpy(images.pixels).float() / 255
-    features = adaptive_avg_pool2d(pixels, 4).flatten(start_dim=1)
-    features = features - features.mean(dim=0)
-    draw = torch.Generator().manual_seed(0)
-    heads = []
-    for k in (8, 32, 128):
-        centres = features[torch.randperm(len(features), generator=draw)[:k]]
-        cosines = normalize(features, dim=1) @ normalize(centres, dim=1).T
-        heads.append((cosines / 0.1).softmax(dim=1))
-    result = analysis.analyse(images, features, heads, seed=0)
-    thumbnails = files.fit_budget(images.thumbnails, side, pages.THUMBNAIL_BUDGET)
-    text = pages.page(
-        result, images.paths, thumbnails, images.skipped, {"Images": str(len(paths))}, "page", ""
+    read = files.read_all(folder, paths[:READ], 8, pages.thumbnail_side(count), out / "cache")
+    draw, n = np.random.default_rng(0), count
+    again = np.arange(n) % len(read.paths)
+    images = files.Images(
+        [f"{i:06} {read.paths[again[i]]}" for i in range(n)],
+        read.rows[again],
+        [read.thumbnails[i] for i in again],
+        read.taken[again],
+        read.light[again],
+        read.sharpness[again],
+        [],
     )
-    page = out / "index.html"
-    page.write_text(text, encoding="utf-8")
-    return page, len(images.paths), sum(map(len, thumbnails))
+    result = analysis.Result(
+        names=[files.shown(path) for path in images.paths],
+        labels=np.full(n, -1),
+        classes=[],
+        scales=[
+            analysis.Clusters(
+                k,
+                draw.integers(k, size=n),
+                draw.random(n, np.float32),
+                {"in_use": k, "effective": k},
+            )
+            for k in (10, 30, 90, 270)
+        ],
+        neighbours=draw.integers(n, size=(n, analysis.NEIGHBOURS)),
+        cosines=np.sort(draw.random((n, analysis.NEIGHBOURS), np.float32))[:, ::-1],
+        positions=draw.random((n, 2), np.float32),
+        map_method="at random",
+    )
+    pages.write(out, result, images, [], {}, title="page")
+    return out / "index.html", n
 
 
 def measure(page: Path, rounds: int, profile: Path) -> dict[str, Any]:
@@ -126,13 +139,15 @@ def main() -> None:
         folder = args.folder
         if args.mosaic > 1:
             folder = Path(scratch) / "mosaics"
-            write_mosaics(args.folder, args.images, 32, args.mosaic, folder)
-        page, images, thumbnails = write_page(folder, args.images, out)
+            write_mosaics(args.folder, min(args.images, READ), 32, args.mosaic, folder)
+        page, images = write_page(folder, args.images, out)
         result: dict[str, Any] = {
             "images": images,
             "tiles_per_image": args.mosaic**2,
             "page_bytes": page.stat().st_size,
-            "thumbnail_bytes": thumbnails,
+            "thumbnail_bytes": sum(
+                file.stat().st_size for file in out.rglob("index-thumbnails/*/*")
+            ),
             "rounds": args.rounds,
             "cores": os.cpu_count(),
             "milliseconds": measure(page, args.rounds, Path(scratch)),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from c2bin_explore import networks
 from c2bin_explore.backbones import backbone
 from c2bin_lightly import BYOL, C2BIN, MoCoV2, SimCLR
 from c2bin_lightly.methods import Branches
@@ -21,7 +22,6 @@ from torchvision.transforms.v2 import Normalize
 
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead
 from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regularizer
-from experiments.features import networks
 from experiments.options import BACKBONES
 
 Views = tuple[Sequence[Tensor], Sequence[Tensor]]

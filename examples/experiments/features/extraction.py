@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from c2bin_explore import networks
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from c2bin_ext._hosts import whole_file
-from experiments.features import networks
 from experiments.features.images import Pictures
 
 Array = npt.NDArray[Any]
