@@ -687,7 +687,8 @@ def test_small_folders_train_enough() -> None:
 
 def test_clusters_of_noise_come_back(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(120, 3))
-    clustering = embedding.cluster(rows, None, (4,), 0, "cpu", lambda done, of: None)
+    clustering = C2BINClustering((4, 7), hidden_features=16, max_epochs=20, random_state=0)
+    clustering.fit(rows)
     assert clustering.entropy_weight_ is None, "k-means was kept: another head"
     embedding.save(tmp_path / "model.ckpt", None, clustering)
     _, restored = embedding.restore(tmp_path / "model.ckpt", "cpu")
