@@ -191,13 +191,13 @@ def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "load",
         lambda name, size: methods.networks.Network(Plain(), (0.5,) * 3, (0.5,) * 3, ""),
     )
-    rows = ["frozen", "SimCLR, learning rate 0.006", "C2BIN, learning rate 0.0006"]
+    rows = ["frozen", "SimCLR, learning rate 0.006", "C2BIN, learning rate 0.006"]
     command = ["finetune", *SMALL, "--epochs", "1", "--seeds", "0", "--num-clusters", "4", "8"]
     command += ["--backbone", "timm:plain", "--out", str(tmp_path), "--only", *rows]
     assert decisions.main(command) == 0
     record = json.loads((tmp_path / "finetune.json").read_text())
     assert [choice["row"] for choice in record["choices"]] == rows
-    assert [choice["options"].get("lr") for choice in record["choices"]] == [None, 0.006, 0.0006]
+    assert [choice["options"].get("lr") for choice in record["choices"]] == [None, 0.006, 0.006]
     assert record["settings"]["backbone"] == "timm:plain"
 
 
