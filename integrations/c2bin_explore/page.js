@@ -564,7 +564,8 @@
     showSelection();
   }
   detail.addEventListener("close", () => {
-    if (location.hash.startsWith("#/image/")) history.replaceState(null, "", lastView);
+    if (!location.hash.startsWith("#/image/")) return;
+    history.replaceState(null, "", lastView);
     const back = main.querySelector(`[data-image="${opened}"]`)?.closest("button");
     if (back) back.focus();
   });

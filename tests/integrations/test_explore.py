@@ -1540,6 +1540,13 @@ def test_an_image_in_a_browser(run: Run, page: _chromium.Browser) -> None:
     )
     page.wait("document.querySelector('#detail-name').textContent === arguments[0]", shown[1])
     page.keys("Escape")
+    # To another view: its top, not where this image is in it.
+    page.run("location.hash = arguments[0]", f"#/image/{len(names) - 1}")
+    page.wait("document.querySelector('dialog').open")
+    page.run("location.hash = '#/outliers'")
+    page.wait("!document.querySelector('dialog').open")
+    page.wait("document.activeElement.textContent === 'Outliers'")
+    assert page.run("return scrollY") == 0
     # Another image than an owner's browser shows: its thumbnail, and a word about it.
     page.run("location.hash = arguments[0]", f"#/image/{names.index('scans/float.tiff')}")
     page.wait("document.querySelector('dialog .quiet').textContent.includes('thumbnail')")
