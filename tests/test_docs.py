@@ -222,11 +222,14 @@ def test_scripts_have_the_options_that_pages_name(path: str, told: dict[str, str
 
 def test_explore_has_the_options_that_pages_name() -> None:
     module, function = PROJECT["project"]["scripts"]["c2bin-explore"].split(":")
-    known = io.StringIO()
-    with contextlib.redirect_stdout(known), pytest.raises(SystemExit):
-        getattr(importlib.import_module(module), function)(["--help"])
+    told = {}
+    for sub in ([], ["apply"]):
+        known = io.StringIO()
+        with contextlib.redirect_stdout(known), pytest.raises(SystemExit):
+            getattr(importlib.import_module(module), function)([*sub, "--help"])
+        told[bool(sub)] = known.getvalue()
     for name, command in found("c2bin-explore"):
-        check_options(name, command, known.getvalue())
+        check_options(name, command, told[command.startswith("c2bin-explore apply")])
 
 
 def test_configs_exist() -> None:
