@@ -6,7 +6,7 @@ alone never imports this module.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import math
 import time
@@ -39,11 +39,6 @@ except ImportError as error:
         f"c2bin_ext.clustering needs scikit-learn and scipy ({error}): "
         "pip install 'c2bin-ext[eval]'"
     ) from error
-
-try:
-    faiss: Any = importlib.import_module("faiss")
-except ImportError:  # serves many rows only
-    faiss = None
 
 try:
     from sklearn.utils.validation import validate_data
@@ -636,7 +631,7 @@ def _k_means(rows: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
 def _nearest(rows: Tensor, k: int, seed: int) -> Tensor:
     """Return the nearest others of each row by cosine, (n, k); exact of up to `_PART` rows."""
     n = len(rows)
-    if n > _PART and faiss is not None:
+    if n > _PART and _faiss_is_installed():
         return _nearest_by_faiss(rows, k, seed)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(rows.device)
     found = torch.empty(n, k, dtype=torch.int64, device=rows.device)
@@ -651,8 +646,13 @@ def _nearest(rows: Tensor, k: int, seed: int) -> Tensor:
     return found
 
 
+def _faiss_is_installed() -> bool:
+    return importlib.util.find_spec("faiss") is not None
+
+
 def _nearest_by_faiss(rows: Tensor, k: int, seed: int) -> Tensor:
     """Return the nearest others of each row among those of the nearest of √n lists."""
+    faiss: Any = importlib.import_module("faiss")
     values = np.ascontiguousarray(rows.cpu().numpy())
     n, p = values.shape
     lists = int(n**0.5)

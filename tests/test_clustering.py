@@ -138,13 +138,14 @@ def test_memory_map_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(clustering, "_BLOCK", 2**16)
     monkeypatch.setattr(clustering, "_DIRECTIONS", 4)
     monkeypatch.setattr(clustering, "_PART", 1000)
-    monkeypatch.setattr(clustering, "faiss", None)
+    monkeypatch.setattr(clustering, "_faiss_is_installed", lambda: False)
     features, classes = blobs(n=40_000, d=256)
     path = tmp_path / "features.npy"
     np.save(path, features.astype(np.float16))
     del features
     mapped = np.load(path, mmap_mode="r")
     model = C2BINClustering(4, n_neighbors=3, **{**SMALL, "max_epochs": 1})
+    model.fit(mapped[:100])  # what is imported on the way is no copy
     tracemalloc.start()
     model.fit(mapped)
     labels = model.predict(mapped)
@@ -263,7 +264,7 @@ def test_neighbours_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_neighbours_of_many_rows_are_of_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "_PART", 50)
-    monkeypatch.setattr(clustering, "faiss", None)
+    monkeypatch.setattr(clustering, "_faiss_is_installed", lambda: False)
     rows = torch.nn.functional.normalize(torch.randn(200, 5))
     found = clustering._nearest(rows, 3, seed=0)
     assert not (found == torch.arange(200)[:, None]).any()
