@@ -247,8 +247,9 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             best = max(tried, key=lambda run: run.agreement[0])
             if best.agreement[0] < before.agreement[0]:
                 progress("k-means still agrees more: its clusters are kept")
-                best = replace(best, head=before.head, entropy_weight=None)
-                best.agreement = before.agreement
+                best = replace(
+                    best, head=before.head, entropy_weight=None, agreement=before.agreement
+                )
         self.head_ = best.head.cpu().double()
         self.losses_, self.loss_, self.n_iter_ = best.losses, best.loss, len(best.losses)
         self.entropy_weight_, self.agreement_per_scale_ = best.entropy_weight, best.agreement
@@ -368,15 +369,15 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         entropy_weight: float,
         progress: _Progress,
     ) -> _Run:
-        """Train from every start; return the run of the smallest loss, or that of Ctrl-C."""
+        """Train from every start, until Ctrl-C; return the run of the smallest loss."""
         runs: list[_Run] = []
         for start in starts:
-            run = self._train(pairs, start, entropy_weight, progress)
-            run.agreement = pairs.agreement_per_scale(run.head)
-            if run.interrupted:
-                return run
-            runs.append(run)
-        return min(runs, key=lambda run: run.loss)
+            runs.append(self._train(pairs, start, entropy_weight, progress))
+            if runs[-1].interrupted:
+                break
+        best = min(runs, key=lambda run: run.loss)
+        agreement = pairs.agreement_per_scale(best.head)
+        return replace(best, agreement=agreement, interrupted=runs[-1].interrupted)
 
     @torch.enable_grad()
     def _train(

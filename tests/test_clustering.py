@@ -234,6 +234,23 @@ def test_interrupted(data: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_array_equal(model.predict(data[0]), model.labels_)
 
 
+def test_ctrl_c_keeps_a_better_run_that_was_finished(
+    data: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = C2BINClustering(4, **SMALL).fit(data[0])
+    forward, left = MultiScaleClusterLoss.forward, iter(range(5 * first.n_iter_ + 6))
+
+    def interrupted(*args: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(MultiScaleClusterLoss, "forward", interrupted)
+    with pytest.warns(UserWarning, match="Interrupted after 1 of 20 epochs"):
+        model = C2BINClustering(4, **SMALL, n_init=3).fit(data[0])
+    assert model.losses_ == first.losses_
+
+
 def test_never_far_below_k_means() -> None:
     """On blobs that overlap, where neighbours mislead: it starts from k-means."""
     source = np.random.default_rng(1)

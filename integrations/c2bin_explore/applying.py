@@ -38,15 +38,20 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run `c2bin-explore apply`; return its exit status."""
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="c2bin-explore apply",
+def parser_of(doc: str | None, prog: str) -> argparse.ArgumentParser:
+    """Return a parser that shows a module's docstring: its first paragraph, and the rest below."""
+    description, _, epilog = (doc or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `c2bin-explore apply`; return its exit status."""
+    parser = parser_of(__doc__, "c2bin-explore apply")
     add = parser.add_argument
     add("file", type=path, metavar="FILE", help="export of the page, or assignments.csv")
     add("--folder", type=path, metavar="DIR", help="of the images (default: the one in FILE)")

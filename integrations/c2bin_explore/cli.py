@@ -80,13 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="c2bin-explore",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = applying.parser_of(__doc__, "c2bin-explore")
     add = parser.add_argument
     path = applying.path
     add("folder", type=path, metavar="FOLDER", help="images, in subfolders too")

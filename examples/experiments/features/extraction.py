@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from c2bin_explore import networks
+from c2bin_explore.embedding import normalized
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -102,7 +103,6 @@ class Extractor:
             self._loaded = networks.load(self.name, self.size)
             self._loaded.features.to(self.device).to(memory_format=torch.channels_last)
         network = self._loaded
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (network.mean, network.std))
         augment = augmentation(self.size) if view else None
         for first in range(start, stop, BATCH):
             images = []
@@ -111,6 +111,6 @@ class Extractor:
                 pixels = np.asarray(image if augment else plain(image, self.size))
                 tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
                 images.append(augment(tensor) if augment else tensor)
-            batch = (torch.stack(images).float() / 255 - mean) / std
+            batch = normalized(torch.stack(images).float() / 255, network.mean, network.std)
             batch = batch.to(self.device, memory_format=torch.channels_last)
             yield network.features(batch).float().cpu()
