@@ -19,7 +19,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -31,9 +30,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import sklearn
-import torch
-from benchmarks.hardware import processor
 from c2bin_explore.networks import NotInstalledError, WeightsError
 from tqdm import tqdm
 
@@ -42,6 +38,7 @@ from c2bin_ext import metrics
 from experiments.features import images, label_free
 from experiments.features.extraction import Extractor
 from experiments.features.methods import Method, ablations, rows
+from experiments.hardware import hardware, versions
 from experiments.store import write
 
 Array = npt.NDArray[Any]
@@ -236,19 +233,6 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def hardware() -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    return {
-        "cpu": processor(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "scikit-learn": sklearn.__version__,
-        "c2bin_ext": c2bin_ext.__version__,
-    }
-
-
 def notes(settings: dict[str, Any]) -> str:
     """Return what has to be known to read the table."""
     of = settings
@@ -260,8 +244,8 @@ def notes(settings: dict[str, Any]) -> str:
         f"{source}. {of['train']} training and {of['test']} scored images of {of['d']} features, "
         f"{of['view_count']} stored augmented views, K = {of['k']}. Mean ± standard deviation of "
         f"seeds {seeds}; methods without randomness once. {of['hardware']['cpu']}, "
-        f"{of['hardware']['threads']} thread(s); seconds are of the processor, for fitting; peak "
-        "is memory beyond what was held before.\n\n"
+        f"{of['hardware']['torch_threads']} thread(s); seconds are of the processor, for fitting; "
+        "peak is memory beyond what was held before.\n\n"
         "k-means and mini-batch k-means: best of ten starts. Where no scaling is named, features "
         "are standardised, projected to 256 principal directions and L2-normalised; Gaussian "
         "mixture: 64 more principal directions, HDBSCAN: 20. Methods that cannot predict label "
@@ -300,7 +284,7 @@ def compare(args: argparse.Namespace) -> int:
         **data.about,
         **{"table": args.table, "train": len(data.train), "test": len(data.test), "k": k},
         **{"d": data.train.shape[1], "view_count": 0 if data.views is None else len(data.views)},
-        **{"seeds": args.seeds, "hardware": hardware()},
+        **{"seeds": args.seeds, "hardware": hardware(), "versions": versions()},
     }
     digest = data.digest()
     results: dict[str, list[Any]] = {method.name: [] for method in methods}
@@ -318,7 +302,8 @@ def trust(args: argparse.Namespace, data: Data) -> int:
     name = str(data.about["test_images"])
     given = {**label_free.sets(), name: (data.test.astype(np.float32), data.labels)}
     results = label_free.run(given, args.seeds)
-    settings = {**data.about, "seeds": args.seeds, "hardware": hardware()}
+    settings = {**data.about, "seeds": args.seeds}
+    settings |= {"hardware": hardware(), "versions": versions()}
     report(args, settings, results, f"{label_free.table(results, given)}\n")
     return 0
 
