@@ -5,6 +5,7 @@
     python examples/decisions.py printed           the printed formulas with other weights
     python examples/decisions.py entropy --validation 250 --choose        the entropy weight
     python examples/decisions.py many_clusters --num-clusters 512 1024 --batch-size 64
+    python examples/decisions.py beyond --tensor-views                    what SimCLR's lead may be
     python examples/decisions.py finetune --backbone efficientnet-lite0 --image-size 64
     python examples/decisions.py TABLE --data FOLDER --limit 5000 --processes 2
 
@@ -22,6 +23,7 @@ from experiments.methods import FLOOR, METHODS
 from experiments.options import exit_code
 from experiments.report import HEAD, SCORES, cells, markdown, recorded, sentence
 from experiments.runs import Bench, Trial, parse_study, study_parser
+from experiments.study import TUNED
 
 Choice = tuple[dict[str, Any], dict[str, Any]]  # options of the method, and of its loss
 BYOL = "BYOL, no cluster terms"
@@ -111,7 +113,27 @@ FINETUNE = {"frozen": Trial(FLOOR)} | {
     f"{METHODS[method].label}, learning rate 0.006": Trial(method, {"lr": 0.006})
     for method in ("simclr", "byol", "c2bin")
 }
+# Beyond the paper, where the default stays behind SimCLR.
+SIX_HEADS = {"num_clusters": [16, 32, 64, 128, 256, 512]}
+BEYOND: dict[str, Choice | Trial] = {
+    "default": DEFAULT,
+    "SimCLR, tuned": TUNED["simclr"],
+    "BYOL, tuned": TUNED["byol"],
+    **{f"follower's softmax at {t:g}": ({"sharpen": t}, {}) for t in (0.5, 0.25, 0.1)},
+    **{f"both softmaxes at {t:g}": ({"softmax": t}, {}) for t in (0.25, 0.5, 2.0, 4.0)},
+    **{
+        f"momentum from {m:g} to 1": ({"follower_momentum": m, "follower_schedule": "cosine"}, {})
+        for m in (0.8, 0.9, 0.97)
+    },
+    "six heads, weight 0.25": (SIX_HEADS, {"cluster_weight": 0.25}),
+    "six heads, weight 0.1": (SIX_HEADS, {"cluster_weight": 0.1}),
+    "two small crops": ({"crops": 2}, {}),
+    "four small crops": ({"crops": 4}, {}),
+    "near neighbours from 3/4 on": ({"neighbours": 0.75}, {}),
+    **{f"learning rate {lr:g}": ({"lr": lr}, {}) for lr in (0.015, 0.03, 0.12, 0.24)},
+}
 TABLES: dict[str, Any] = {
+    "beyond": BEYOND,
     "finetune": FINETUNE,
     "entropy": ENTROPY,
     "decisions": ONE_AT_A_TIME,

@@ -154,5 +154,6 @@ def main(argv: list[str] | None = None) -> int:
     # Views made on the way, and one seed: gradients are looked at, not compared.
     parser.set_defaults(seeds=[0])
     args = parse_study(parser, argv, epochs=1)
-    args.stored_views = args.channels_last = False
+    args.channels_last = False
+    args.views = "tensors" if args.views == "tensors" else "made"
     return exit_code("gradient_sizes.py", lambda: run(args), args.out)

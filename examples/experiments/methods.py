@@ -23,11 +23,14 @@ from torchvision.transforms.v2 import Normalize
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead
 from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regularizer
 from experiments.options import BACKBONES
+from experiments.targets import NearestFeatures, Sharpened, TemperedHead
 
 Views = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 # How often WatchedC2BIN looks at a batch.
 EVERY = 5
+# Features that VariedC2BIN looks for near neighbours in.
+NEIGHBOURS = 4096
 
 
 class StandardizedHead(MultiScaleClusterHead):
@@ -163,6 +166,12 @@ class VariedC2BIN(C2BIN):
         warmup: Part of the run in which the cluster weight rises from 0.
         queue: Past images whose assignments stand beside the batch's in the cluster terms.
         decay: Of `RunningStatistics` of the cluster terms; 0 for none.
+        softmax: Temperature of the heads' softmax; 1 is C2BIN's.
+        sharpen: Temperature of the follower's softmax; 1 is the runner's.
+        neighbours: Part of the run after which a view is held against the follower's clusters of
+            the nearest of the last `NEIGHBOURS` images in place of its own; 1 for never.
+        crops: Further small views, each held against the follower's clusters and projections of
+            both views, in pairs. They come with the batch.
         **c2bin: See `C2BIN`.
     """
 
@@ -175,14 +184,27 @@ class VariedC2BIN(C2BIN):
         warmup: float = 0.0,
         queue: int = 0,
         decay: float = 0.0,
+        softmax: float = 1.0,
+        sharpen: float = 1.0,
+        neighbours: float = 1.0,
+        crops: int = 0,
         **c2bin: Any,
     ) -> None:
         super().__init__(backbone, feature_dim, **c2bin)
         if (queue or decay) and self.against == "follower":
             raise ValueError("queue, decay: expected 0 against the follower, got another number")
+        if (sharpen != 1 or neighbours < 1) and self.against == "runner":
+            raise ValueError("sharpen, neighbours: expected 1 against the runner, got another")
+        if crops % 2:
+            raise ValueError(f"crops: expected an even number, got {crops}")
         objective = self.criterion
         if standardize:
             objective.head = StandardizedHead(feature_dim, objective.head.num_clusters)
+        if softmax != 1:
+            objective.head = TemperedHead(objective.head, softmax)
+        self.neighbours, self.nearest = neighbours, None
+        if neighbours < 1:
+            self.nearest = NearestFeatures(NEIGHBOURS, feature_dim)
         self.warmup = warmup
         self.cluster_weight = objective.loss.cluster_weight
         if queue:
@@ -190,14 +212,40 @@ class VariedC2BIN(C2BIN):
             objective.loss = Queued(objective.loss, past)
         elif decay:
             objective.loss = Smoothed(objective.loss, decay)
+        elif sharpen != 1:
+            objective.loss = Sharpened(objective.loss, sharpen)
+
+    def done(self) -> float:
+        """Return the part of the run that is behind."""
+        return self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """Take `((view0, view1), labels, small0, small1, …)`."""
+        (view0, view1), _, *small = batch
+        branches = self.method.branches(view0, view1)
+        if self.nearest is not None:
+            followed = branches.followed
+            if self.done() >= self.neighbours:
+                branches = branches._replace(followed=tuple(map(self.nearest, followed)))
+            self.nearest.keep(followed[0])
+        losses = self.method.objective(branches)
+        totals = [losses["loss"]]
+        for pair in zip(small[::2], small[1::2], strict=True):
+            features = tuple(map(self, pair))
+            predictions = tuple(self.method.predictor(self.method.projector(f)) for f in features)
+            seen = branches._replace(features=features, predictions=predictions)
+            totals.append(self.method.objective(seen)["loss"])
+        losses["loss"] = torch.stack(totals).mean()
+        self.log_losses(losses, len(view0))
+        return losses["loss"]
 
     def on_train_batch_start(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Set the cluster weight of this step."""
         super().on_train_batch_start(batch, batch_idx)
         if self.warmup:
-            steps = self.warmup * int(self.trainer.estimated_stepping_batches)
-            part = min(1.0, self.global_step / max(1.0, steps))
-            self.criterion.loss.cluster_weight = self.cluster_weight * part
+            plain = self.criterion.loss
+            plain = getattr(plain, "loss", plain)  # where there is a queue or the like around it
+            plain.cluster_weight = self.cluster_weight * min(1.0, self.done() / self.warmup)
 
 
 class MoCo(MoCoV2):
@@ -352,7 +400,16 @@ KINDS = METHODS | {
     "oracle": METHODS["simclr"]._replace(label="SimCLR, other classes", kind=OracleSimCLR),
     "watched": METHODS["c2bin"]._replace(kind=WatchedC2BIN),
 }
-VARIATIONS = ("standardize", "warmup", "queue", "decay")
+VARIATIONS = (
+    "standardize",
+    "warmup",
+    "queue",
+    "decay",
+    "softmax",
+    "sharpen",
+    "neighbours",
+    "crops",
+)
 
 
 def pretrained(name: str, size: int) -> tuple[nn.Module, int]:

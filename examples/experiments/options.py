@@ -72,6 +72,13 @@ def parser_of(doc: str, out: str, images: str, workers: str, **more: Any) -> Any
     add("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="default: auto")
     add("--precision", choices=PRECISIONS, help="default: bf16-mixed on a GPU, 32-true on a CPU")
     add("--workers", type=int, help=workers)
+    add(
+        "--tensor-views",
+        dest="views",
+        action="store_const",
+        const="tensors",
+        help="make views in batches on tensors, on the device that trains: what a GPU wants",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path(out), help=f"default: {out}")
     add(
@@ -81,7 +88,7 @@ def parser_of(doc: str, out: str, images: str, workers: str, **more: Any) -> Any
     )
     # What only some commands let people choose.
     parser.set_defaults(validation=0, curves=False, devices=1, processes=1, keep=False)
-    parser.set_defaults(stored_views=False, channels_last=False, data_name=None)
+    parser.set_defaults(views="made", channels_last=False, data_name=None)
     return parser
 
 

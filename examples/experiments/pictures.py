@@ -44,6 +44,38 @@ def _short(text: str, most: int = 18) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def scores(
+    path: Path,
+    by_row: dict[str, dict[int, dict[str, float]]],
+    panels: dict[str, tuple[str, float]],
+) -> None:
+    """Draw scores while training, a panel each.
+
+    Args:
+        path: Of the picture.
+        by_row: For each row of a table, by epoch, its scores by key.
+        panels: By key of a score, its title and what it is multiplied by.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, (key, (title, factor)) in zip(axes.flat, panels.items(), strict=True):
+        for i, (name, points) in enumerate(by_row.items()):
+            drawn = [(e, factor * point[key]) for e, point in points.items() if key in point]
+            if drawn:
+                axis.plot(
+                    *zip(*drawn, strict=True),
+                    color=COLOURS[i % len(COLOURS)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    markersize=4,
+                    label=name,
+                )
+        axis.set(title=title, xlabel="epoch")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def curves(path: Path, by_method: dict[str, list[dict[str, float]]]) -> None:
     """Draw kNN while training, every loss, and C2BIN's parts and effective clusters."""
     parts = by_method.get("C2BIN", [])

@@ -109,7 +109,6 @@ def perform(
     images, settings = job.images, job.settings
     model, curve, evaluates = model_of(settings), list[dict[str, float]](), first_process()
     if settings["epochs"]:
-        made = Views(images, settings["dataset"], settings["seed"])
         curve, evaluates = fit(
             model,
             job.label,
@@ -118,7 +117,7 @@ def perform(
             settings,
             args,
             tqdm(disable=True) if overall is None else overall,
-            views=made if views is None else StoredViews(views[0], made, views[1]),
+            views=views and StoredViews(views[0], Views(images, settings["dataset"], settings["seed"]), views[1]),
             scored=settings["curves"],
         )
     if not evaluates:
@@ -221,7 +220,7 @@ def stored_views(
     first: dict[str, Job] = {}
     for job in jobs:
         settings = job.settings
-        if settings["stored_views"] and settings["epochs"]:
+        if settings["views"] == "stored" and settings["epochs"]:
             epochs = longest or settings["epochs"]
             # Of the training images alone: validation and test images share them.
             pixels = hashlib.sha256(job.images.train.numpy().data).hexdigest()[:16]
@@ -260,7 +259,7 @@ def settings_of(
             what else matters.
     """
     settings: Settings = {"method": method, "options": options, "loss": loss}
-    names = ("dataset", "accelerator", "devices", "precision", "stored_views", "channels_last")
+    names = ("dataset", "accelerator", "devices", "precision", "views", "channels_last")
     settings |= {name: getattr(args, name) for name in (*names, "curves")}
     settings |= {"images": [len(images.train), len(images.test)], "image_size": images.size}
     if issubclass(KINDS[method].kind, C2BIN):
@@ -385,6 +384,8 @@ def parse_study(parser: argparse.ArgumentParser, argv: list[str] | None, **bound
     args = parser.parse_args(argv)
     args.workers = args.workers or 0
     settle(parser, args, "digits", processes=1, batch_size=2, **bounds)
-    args.stored_views, args.channels_last = args.workers == 0, True
+    if args.views == "made" and not args.workers:
+        args.views = "stored"
+    args.channels_last = True
     quieten(tables=True)
     return args

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +21,21 @@ from tqdm import tqdm
 
 from c2bin_ext._hosts import epoch_checkpoint, whole_file
 from experiments.data import Images
-from experiments.evaluation import Features, extract, lightly_knn
+from experiments.evaluation import (
+    Features,
+    cluster_scores,
+    extract,
+    kmeans,
+    lightly_knn,
+)
 from experiments.store import ExperimentError
+from experiments.tensor_views import TensorViews
 from experiments.views import EpochSampler, Views, normalized, seed_epoch
 
 EVALUATION_BATCH = 512
-# Of the kNN curve: how many points, and how many images at most it is taken on.
-CURVE_POINTS, CURVE_TRAIN, CURVE_TEST = 12, 2000, 1000
+# Of curves: how many points, and how many images at most the quick kNN and k-means are taken on.
+CURVE_POINTS, CURVE_TRAIN, CURVE_TEST, KMEANS_TRAIN = 12, 2000, 1000, 10_000
+Scored = bool | Literal["all"]
 
 
 def loader_of(
@@ -60,11 +68,45 @@ def features_of(net: nn.Module, images: Tensor, labels: Tensor) -> Features:
     return extract(net, batches, transform=normalized)
 
 
+def evenly(rows: Tensor, most: int) -> Tensor:
+    """Return at most so many rows, evenly spaced."""
+    return rows[:: -(-len(rows) // most)]
+
+
+def quick_scores(module: LightningModule, images: Images) -> dict[str, float]:
+    """Return the kNN accuracy, k = 5, on an evenly spaced part of the images."""
+    net = module.get_submodule("backbone")
+    train, test = (
+        features_of(net, evenly(pixels, most), evenly(labels, most))
+        for pixels, labels, most in (
+            (images.train, images.train_labels, CURVE_TRAIN),
+            (images.test, images.test_labels, CURVE_TEST),
+        )
+    )
+    return {"knn": lightly_knn(train, test, k=5)}
+
+
+def full_scores(module: LightningModule, images: Images) -> dict[str, float]:
+    """Return kNN accuracies on all images, and the NMI of k-means and of the heads."""
+    net = module.get_submodule("backbone")
+    train = features_of(net, images.train, images.train_labels)
+    test = features_of(net, images.test, images.test_labels)
+    found = {"knn": lightly_knn(train, test, k=5), "knn200": lightly_knn(train, test, k=200)}
+    part = Features(*(evenly(rows, KMEANS_TRAIN) for rows in train))
+    clusters = [kmeans(part, test, len(images.classes), restarts=3)]
+    names = ["kmeans_nmi"]
+    for assignments in own_heads(module, test.features):
+        clusters.append(assignments)
+        names.append(f"nmi_of_{assignments.shape[1]}")
+    scores = [cluster_scores(test.labels, each)["nmi"] for each in clusters]
+    return found | dict(zip(names, scores, strict=True))
+
+
 class Progress(Callback):
     """Fixes the seed of every epoch, keeps the curves and moves the bars."""
 
     def __init__(
-        self, label: str, images: Images, seed: int, overall: tqdm[Any], scored: bool = True
+        self, label: str, images: Images, seed: int, overall: tqdm[Any], scored: Scored = True
     ) -> None:
         self.label, self.images, self.seed, self.overall = label, images, seed, overall
         self.scored = scored
@@ -120,22 +162,13 @@ class Progress(Callback):
         often = max(1, round(epochs / CURVE_POINTS))
         due = self.scored and (epoch % often == 0 or epoch in (1, epochs))
         if trainer.is_global_zero and due:
-            row["knn"] = self.knn(pl_module)
+            score = full_scores if self.scored == "all" else quick_scores
+            row |= score(pl_module, self.images)
             shown["kNN"] = f"{100 * row['knn']:.1f}"
         self.curve.append(row)
         if self.bar is not None:
             self.bar.set_postfix(shown)
         self.overall.update()
-
-    def knn(self, module: LightningModule) -> float:
-        """Return the kNN accuracy, k = 5, on an evenly spaced part of the images."""
-        images, net = self.images, module.get_submodule("backbone")
-        train, test = -(-len(images.train) // CURVE_TRAIN), -(-len(images.test) // CURVE_TEST)
-        return lightly_knn(
-            features_of(net, images.train[::train], images.train_labels[::train]),
-            features_of(net, images.test[::test], images.test_labels[::test]),
-            k=5,
-        )
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Take the method's bar away."""
@@ -182,7 +215,7 @@ def fit(
     overall: tqdm[Any],
     *,
     views: Dataset[Any] | None = None,
-    scored: bool = True,
+    scored: Scored = True,
 ) -> tuple[list[dict[str, float]], bool]:
     """Train a model, from its last finished epoch if `folder` has one.
 
@@ -195,7 +228,7 @@ def fit(
         args: The machine: `accelerator`, `devices`, `precision`, and `workers` for each device.
         overall: The bar that moves by one an epoch.
         views: Views already made, keyed by (epoch, index); by default they are made on the way.
-        scored: Take a kNN score now and then, for the curve.
+        scored: Take a kNN score now and then, for the curve; `"all"`: all that costs no training.
 
     Returns:
         The curve, one row an epoch, and whether this process is the one that evaluates.
@@ -221,21 +254,28 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if views is None:
-        views = Views(images, settings["dataset"], seed)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     resumes = checkpoint.exists()
     start = torch.load(checkpoint, weights_only=True)["epoch"] + 1 if resumes else 0
-    workers = 0 if settings["stored_views"] else args.workers
-    loader = loader_of(
-        views,
-        EpochSampler(len(images.train), batch_size, seed, rank, args.devices, start),
-        batch_size=batch_size // args.devices,
-        workers=workers,
-        pin_memory=args.accelerator == "gpu",
-        # A fork beside the threads of a process group can inherit a lock that nobody gives back.
-        context="spawn" if workers and args.devices > 1 else None,
-    )
+    sampler = EpochSampler(len(images.train), batch_size, seed, rank, args.devices, start)
+    own = batch_size // args.devices
+    loader: DataLoader[Any] | TensorViews
+    if settings["views"] == "tensors":
+        device = torch.device("cuda", rank) if args.accelerator == "gpu" else torch.device("cpu")
+        crops = settings["options"].get("crops", 0)
+        loader = TensorViews(images, settings["dataset"], sampler, own, seed, device, crops)
+    else:
+        workers = 0 if settings["views"] == "stored" else args.workers
+        loader = loader_of(
+            Views(images, settings["dataset"], seed) if views is None else views,
+            sampler,
+            batch_size=own,
+            workers=workers,
+            pin_memory=args.accelerator == "gpu",
+            # A fork beside the threads of a process group can inherit a lock that nobody gives
+            # back.
+            context="spawn" if workers and args.devices > 1 else None,
+        )
     try:
         trainer.fit(model, loader, ckpt_path=checkpoint if resumes else None)
     except SystemExit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,20 +29,49 @@ def seed_epoch(seed: int, epoch: int) -> None:
     seed_generators(start, start, start)
 
 
-def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:
-    """Return lightly's SimCLR view with what makes sense for these images, for every method.
+class Augmentation(NamedTuple):
+    """What makes a view: lightly's SimCLR view with what makes sense for the images.
 
-    Photographs: lightly's CIFAR-10 settings (colour jitter 0.5, no blur). Digits: nothing about
-    colour, no flips, which turn a digit into none; a milder crop and a turn of up to 15 degrees.
+    The defaults are for photographs: lightly's CIFAR-10 settings (colour jitter 0.5, no blur).
     """
-    options: dict[str, Any] = {"cj_strength": 0.5}
-    if dataset in ("digits", "fashion-mnist"):
-        options = {"cj_prob": 0.0, "random_gray_scale": 0.0}
-    if dataset == "digits":
-        options |= {"hf_prob": 0.0, "min_scale": 0.4, "rr_prob": 1.0, "rr_degrees": 15}
+
+    smallest: float = 0.08  # crop, as a share of the image's area
+    flipped: float = 0.5  # probability, as the next two
+    jittered: float = 0.8
+    grey: float = 0.2
+    degrees: float = 0.0  # turned by up to so many
+
+    @classmethod
+    def of(cls, dataset: str) -> Augmentation:
+        """Return that of a data set, the same for every method.
+
+        Digits: nothing about colour, no flips, which turn a digit into none; a milder crop and a
+        turn of up to 15 degrees.
+        """
+        if dataset == "digits":
+            return cls(smallest=0.4, flipped=0.0, jittered=0.0, grey=0.0, degrees=15.0)
+        return cls(jittered=0.0, grey=0.0) if dataset == "fashion-mnist" else cls()
+
+
+# Of brightness, contrast and saturation: factors within 1 ± 0.4; of the hue: turns within ± 0.1.
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+
+
+def view_transform(images: Images, dataset: str) -> SimCLRViewTransform:
+    """Return lightly's transform for the views of these images."""
+    kind = Augmentation.of(dataset)
     normalize = {"mean": [0.5] * 3, "std": [0.5] * 3}
     return SimCLRViewTransform(
-        input_size=images.size, gaussian_blur=0.0, normalize=normalize, **options
+        input_size=images.size,
+        cj_prob=kind.jittered,
+        cj_strength=0.5,
+        min_scale=kind.smallest,
+        random_gray_scale=kind.grey,
+        gaussian_blur=0.0,
+        hf_prob=kind.flipped,
+        rr_prob=float(kind.degrees > 0),
+        rr_degrees=kind.degrees or None,
+        normalize=normalize,
     )
 
 

@@ -100,7 +100,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         shots = sorted({max(1, round(part * epoch)) for epoch in budget.snapshots})
         changes |= {"clustering_epochs": args.epochs, "snapshots": tuple(shots)}
     budget = replace(budget, **changes)
-    args.scale, args.stored_views, args.keep = budget, budget.stored_views, True
+    args.scale, args.keep = budget, True
+    if budget.stored_views and args.views == "made":
+        args.views = "stored"
     return args
 
 
