@@ -29,9 +29,9 @@ ROWS: dict[str, Trial] = {
 }
 # Keys of a curve's points, their names, and what they are multiplied by.
 SHOWN = {
-    "knn200": ("kNN, k = 200, in %", 100),
-    "kmeans_nmi": ("k-means NMI", 1),
-    "heads_nmi": ("heads' NMI", 1),
+    "knn200": ("kNN, k = 200, in %", 100.0),
+    "kmeans_nmi": ("k-means NMI", 1.0),
+    "heads_nmi": ("heads' NMI", 1.0),
 }
 
 
@@ -73,9 +73,7 @@ def run(args: Any) -> None:
     found: dict[str, Sequence[Result]] = dict(zip(trials, results, strict=True))
     curves = {row: points(each[0]) for row, each in found.items()}
     table = [[row, *cells(each)] for row, each in found.items()]
-    seconds = ", ".join(
-        f"{row} {each[0]['seconds_per_epoch']:.1f}" for row, each in found.items()
-    )
+    seconds = ", ".join(f"{row} {each[0]['seconds_per_epoch']:.1f}" for row, each in found.items())
     text = "\n\n".join(
         [
             table_of(curves),

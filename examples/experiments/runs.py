@@ -117,7 +117,10 @@ def perform(
             settings,
             args,
             tqdm(disable=True) if overall is None else overall,
-            views=views and StoredViews(views[0], Views(images, settings["dataset"], settings["seed"]), views[1]),
+            views=views
+            and StoredViews(
+                views[0], Views(images, settings["dataset"], settings["seed"]), views[1]
+            ),
             scored=settings["curves"],
         )
     if not evaluates:

@@ -10,6 +10,7 @@ from experiments import tensor_views
 from experiments.data import Images
 from experiments.tensor_views import TensorViews
 from experiments.views import Augmentation, EpochSampler
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
@@ -57,7 +58,8 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
             )
         ]
     ).double()
-    assert bool((ours[:, :2] + ours[:, 2:] <= size).all()) and bool((ours >= 0).all())
+    assert bool((ours[:, :2] + ours[:, 2:] <= size).all())
+    assert bool((ours >= 0).all())
     for column in range(4):
         # Five standard errors of the difference of two means, and of two standard deviations.
         spread = theirs[:, column].std()
@@ -65,7 +67,8 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
         assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 5 * error
         assert abs(ours[:, column].std() - spread) < 5 * error
     area = (ours[:, 2] * ours[:, 3]) / size**2
-    assert area.min() < 0.1 and area.max() > 0.95
+    assert area.min() < 0.1
+    assert area.max() > 0.95
 
 
 def test_turns_are_torchvisions(images: Tensor) -> None:
@@ -117,16 +120,19 @@ def test_views_of_photographs(images: Tensor) -> None:
 
 def test_views_of_digits_keep_their_sides() -> None:
     grey = torch.randint(256, (500, 1, SIZE, SIZE), dtype=torch.uint8, generator=drawn())
-    views = tensor_views.random_views(grey.expand(-1, 3, -1, -1), Augmentation.of("digits"), drawn())
+    views = tensor_views.random_views(
+        grey.expand(-1, 3, -1, -1), Augmentation.of("digits"), drawn()
+    )
     assert torch.equal(views[:, 0], views[:, 2])
     assert float((views == -1).float().mean()) > 0.01  # black corners of the turns
 
 
 def test_seed_epoch_and_batch_fix_the_views() -> None:
-    first, again = [[batch for batch in loader()] for _ in range(2)]
+    first, again = [list(loader()) for _ in range(2)]
     assert len(first) == len(loader()) == 2
     for (views, labels), (same, same_labels) in zip(first, again, strict=True):
-        assert torch.equal(views[0], same[0]) and torch.equal(labels, same_labels)
+        assert torch.equal(views[0], same[0])
+        assert torch.equal(labels, same_labels)
     assert not torch.equal(first[0][0][0], first[0][0][1])
     later = loader()
     later.sampler.set_epoch(1)
@@ -151,3 +157,33 @@ def test_small_crops_come_with_the_views() -> None:
     views.crops = 4
     (view0, view1), _, *small = next(iter(views))
     assert [tuple(v.shape) for v in (view0, view1, *small)] == [(8, 3, SIZE, SIZE)] * 6
+
+
+@pytest.mark.filterwarnings("ignore")  # of a module that trains nothing
+def test_every_epoch_of_a_trainer_has_views_of_its_own() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watch(LightningModule):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append((batch[1], batch[0][0]))
+
+        def configure_optimizers(self) -> None:
+            pass
+
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(Watch(), loader())
+    by_hand = loader()
+    for epoch in (0, 1):
+        by_hand.sampler.set_epoch(epoch)
+        for (views, labels, *_), (rows, view0) in zip(by_hand, seen[2 * epoch :], strict=False):
+            assert torch.equal(labels, rows)
+            assert torch.equal(views[0], view0)
+    assert not torch.equal(seen[0][0], seen[2][0])
