@@ -4,9 +4,10 @@
 
 Images per second of each stage of `examples/demo.py` on photographs of 32 × 32 pixels (of random
 pixels: their values cost nothing), each by itself: two views of an image made by one core, stored
-views read by one core, the loader with so many worker processes, and C2BIN's whole step with a
-ResNet-18 on views that are on the device already; then loader and step together. Where the two
-together are as fast as the step alone, the loader does not hold the device up.
+views read by one core, views made in batches on tensors on the device, the loader with so many
+worker processes, and C2BIN's whole step with a ResNet-18 on views that are on the device already;
+then loader and step together. Where the two together are as fast as the step alone, the loader does
+not hold the device up.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from experiments.data import Images
+from experiments.tensor_views import TensorViews
 from experiments.training import loader_of
 from experiments.views import EpochSampler, StoredViews, Views
 from torch import Tensor
@@ -84,12 +86,29 @@ def stage_rates(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     found["two views made, by one core"] = per_second(one_by_one(views), *one_core)
     found["two stored views read, by one core"] = per_second(one_by_one(stored), *one_core)
 
-    step = lightly_steps(device)["C2BIN"]
-    still = torch.rand(2, args.batch_size, 3, SIZE, SIZE, device=device)
-
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+    sampler = EpochSampler(args.images, args.batch_size, seed=0)
+    whole = TensorViews(images, "folder", sampler, args.batch_size, seed=0, device=device)
+    made = (batch for epoch in count() for batch in (sampler.set_epoch(epoch), whole)[1])
+
+    def on_tensors() -> int:
+        rows = len(next(made)[1])
+        wait()
+        return rows
+
+    # On a CPU in processor time of one core, too; a GPU is waited for.
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    name = "on the device" if device.type == "cuda" else "by one core"
+    found[f"two views made on tensors, {name}"] = per_second(on_tensors, args.seconds, clock)
+    torch.set_num_threads(threads)
+
+    step = lightly_steps(device)["C2BIN"]
+    still = torch.rand(2, args.batch_size, 3, SIZE, SIZE, device=device)
 
     def train(view0: Tensor, view1: Tensor) -> int:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
