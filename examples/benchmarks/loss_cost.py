@@ -349,7 +349,9 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--rounds", type=int, default=300, help="at most so many")
     parser.add_argument("--seconds", type=float, default=15.0, help="rounds that fit into these")
-    parser.add_argument("--out", type=Path, help="write loss_cost.json and .md (_grid_DEVICE) here")
+    parser.add_argument(
+        "--out", type=Path, help="write loss_cost.json and .md (_cuda, _grid_DEVICE) here"
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -388,6 +390,7 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         stem = f"loss_cost_grid_{device.type}" if args.grid else "loss_cost"
+        stem += "_cuda" if device.type == "cuda" and not args.grid else ""
         (args.out / f"{stem}.md").write_text("\n".join(lines) + "\n")
         report = {"settings": settings, "results": results, "targets": met}
         (args.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")

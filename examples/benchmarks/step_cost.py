@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="write step_cost_HOST.json and .md here")
+    parser.add_argument("--out", type=Path, help="write step_cost_HOST.json and .md (_cuda) here")
     args = parser.parse_args()
 
     device = torch.device(args.device)
@@ -128,15 +128,16 @@ def main() -> None:
     table = (
         "| host | BYOL, s a step | C2BIN, s a step | ratio | lowest and highest |\n"
         "| --- | ---: | ---: | ---: | ---: |\n"
-        f"| {args.host} | {medians['BYOL']:.3f} | {medians['C2BIN']:.3f} "
+        f"| {args.host} | {medians['BYOL']:.4f} | {medians['C2BIN']:.4f} "
         f"| {results['median_ratio']:.3f} | {min(ratios):.3f} to {max(ratios):.3f} |\n"
     )
     print(f"{table}\nThe ratio is to be at most {TARGET}.")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"step_cost_{args.host}.md").write_text(table)
+        stem = f"step_cost_{args.host}" + ("_cuda" if device.type == "cuda" else "")
+        (args.out / f"{stem}.md").write_text(table)
         report = {"settings": settings, "results": results}
-        (args.out / f"step_cost_{args.host}.json").write_text(json.dumps(report, indent=2) + "\n")
+        (args.out / f"{stem}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
