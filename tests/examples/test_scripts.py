@@ -10,7 +10,7 @@ from scripts import EXAMPLES, run, run_here
 
 LAUNCHERS = {
     *("decisions", "demo", "features", "gradient_sizes", "lightly_benchmark", "paper"),
-    *("pipeline_cost", "solo_benchmark", "study"),
+    *("learning_curves", "pipeline_cost", "solo_benchmark", "study"),
 }
 
 
