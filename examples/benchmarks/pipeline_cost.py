@@ -92,7 +92,7 @@ def stage_rates(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     sampler = EpochSampler(args.images, args.batch_size, seed=0)
     whole = TensorViews(images, "folder", sampler, args.batch_size, seed=0, device=device)
-    made = (batch for epoch in count() for batch in (sampler.set_epoch(epoch), whole)[1])
+    made = (batch for _ in count() for batch in whole)
 
     def on_tensors() -> int:
         rows = len(next(made)[1])
