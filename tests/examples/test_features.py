@@ -151,6 +151,7 @@ class Means:
     mean, std = (0.0,) * 3, (1.0,) * 3
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 def test_extraction_is_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     from c2bin_explore import networks
@@ -179,6 +180,13 @@ def test_extraction_is_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(fewer, features[:8])
     assert same is not None
     np.testing.assert_array_equal(same, views[:, :8])
+    for number, options in enumerate([{"workers": 2}, {"device": "cpu:0"}]):
+        other = extraction.Extractor("means", 16, tmp_path / str(number), **options)
+        for expected, found in zip((features, views), other.features(digits, 2), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        kept = [{path.name for path in folder.glob("*.npy")} for folder in (tmp_path, other.cache)]
+        assert bool(kept[0] & kept[1]) == ("workers" in options), "each device has its own features"
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_unknown_network() -> None:
@@ -247,6 +255,93 @@ def test_command(
     monkeypatch.setattr(module, "run", lambda *args: pytest.fail("finished runs are kept"))
     assert command(features, tmp_path, "--seeds", "0", "1", *only) == 0
     assert json.loads((tmp_path / "features.json").read_text(encoding="utf-8")) == found
+
+
+def test_runs_side_by_side(features: Path, tmp_path: Path) -> None:
+    only = [
+        "--seeds",
+        "0",
+        "--device",
+        "cpu",
+        "--only",
+        "mini-batch k-means",
+        "agglomerative",
+        "CC",
+    ]
+    found = []
+    for count in "1", "2":
+        assert command(features, tmp_path / count, "--processes", count, *only) == 0
+        text = (tmp_path / count / "features.json").read_text(encoding="utf-8")
+        results = json.loads(text)["results"]
+        found.append({name: [runs[0]["NMI"], runs[0]["in_use"]] for name, runs in results.items()})
+        found[-1]["loss"] = results["CC"][0]["loss"]
+    for name, expected in found[0].items():
+        assert found[1][name] == pytest.approx(expected), name
+    text = (tmp_path / "2" / "features.md").read_text(encoding="utf-8")
+    assert "2 fits side by side; seconds" in text
+
+
+@pytest.mark.filterwarnings("default:Interrupted")
+def test_a_fit_that_is_cut_off_is_not_kept(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from experiments.features import rivals
+
+    def stop(assignments: Any) -> rivals.Loss:
+        raise KeyboardInterrupt
+
+    options = ["--seeds", "0", "--only", "k-means, L2", "SCAN"]
+    with monkeypatch.context() as during:
+        during.setitem(rivals.LOSSES, "SCAN", stop)
+        assert command(features, tmp_path, *options) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache" / "runs").iterdir())) == 1
+    assert command(features, tmp_path, *options) == 0
+
+
+def test_devices(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from experiments.features import command as module
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command(features, tmp_path, "--device", "cuda") == 2
+    assert "--device: torch sees no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fitted: list[str] = []
+
+    def run(method: Any, data: Any, k: int, seed: int, device: str) -> dict[str, Any]:
+        fitted.append(f"{method.name} on {device}")
+        assert method.kind == "classical" or method.build(k, 12, seed, device).device == device
+        more = {} if method.kind == "classical" else {"gpu_peak_mib": 7.4}
+        return dict.fromkeys(module.SCORES, 0.5) | {"cpu_seconds": 1.0, **more}
+
+    monkeypatch.setattr(module, "run", run)
+    only = ["--seeds", "0", "--only", "HDBSCAN", "SCAN", "C2BIN"]
+    for device in "cpu", "cuda":
+        assert command(features, tmp_path, "--device", device, *only) == 0
+    kept = ["HDBSCAN on cpu", "SCAN on cpu", "C2BIN on cpu"]
+    assert fitted == [*kept, "SCAN on cuda", "C2BIN on cuda"], "heads are of their device"
+    text = (tmp_path / "features.md").read_text(encoding="utf-8")
+    assert "| C2BIN | 0.500 | 0.500 | 0.500 | 0.500 | 1 | - | 7 |" in text
+    assert "| HDBSCAN | 0.500 | 0.500 | 0.500 | 0.500 | 1 | - | - |" in text
+    assert "network and heads on " in text
+
+
+def test_the_loss_as_printed() -> None:
+    from experiments.features import methods
+
+    from c2bin_ext import C2BINLoss
+
+    rows = {method.name: method for method in methods.ablations(3, views=False)}
+    model = rows["the loss as printed"].build(3, 12, 0, "cpu")
+    found, printed = model._criterion(model.entropy_weight).options(), C2BINLoss.paper().options()
+    assert found == {name: printed[name] for name in found}
+    one = rows["contrast in one direction"].build(3, 12, 0, "cpu")
+    assert one._criterion(0.1).options() == {
+        **rows["default"].build(3, 12, 0, "cpu")._criterion(0.1).options(),
+        "symmetric": False,
+    }
 
 
 def test_ablations(features: Path, tmp_path: Path) -> None:

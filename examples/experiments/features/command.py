@@ -11,6 +11,8 @@ trained on; without any, a fifth of the images is held out. Features and finishe
 --cache: Ctrl-C at any time, and the same command goes on. --validation N scores on N training
 images instead, which is what settings are chosen by. --table label-free takes the scored images and
 sets of scikit-learn, to see how far the estimator's label-free scores can be trusted.
+The network and heads run on --device; --processes N makes views in N processes, the same as in one,
+and fits N rows of the table side by side.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,7 +33,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from c2bin_explore.networks import NotInstalledError, WeightsError
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import c2bin_ext
@@ -60,12 +65,16 @@ class Data:
     labels: Array
     about: dict[str, Any]
 
+    def arrays(self) -> list[Array]:
+        """Return all that there are."""
+        arrays = (self.train, self.views, self.test, self.labels)
+        return [array for array in arrays if array is not None]
+
     def digest(self) -> str:
         """Return a digest of all values: results of different features never mix."""
         digest = hashlib.sha256()
-        for array in (self.train, self.views, self.test, self.labels):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).data)
+        for array in self.arrays():
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
 
@@ -92,6 +101,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--table", choices=("rivals", "ablations", "label-free"), default="rivals")
     parser.add_argument("--only", nargs="+", help="rows by name")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=gpu, help=f"default: {gpu}")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that make views, and that fit (default: 1)"
+    )
     parser.add_argument("--cache", type=Path, default=Path("build/features"))
     parser.add_argument("--out", type=Path, help="folder of NAME.json and NAME.md")
     parser.add_argument("--name", default="features", help="of the files in --out")
@@ -118,7 +132,9 @@ def load(args: argparse.Namespace) -> Data:
     test = test.some(np.arange(min(args.limit_test or len(test), len(test))))
     if (test.labels < 0).any():
         raise ValueError(f"images: {test.name} has no classes to score clusters with")
-    extractor = Extractor(args.network, args.size, args.cache / "extracted")
+    workers = args.processes if args.processes > 1 else 0
+    cache = args.cache / "extracted"
+    extractor = Extractor(args.network, args.size, cache, args.device, workers)
     features, views = extractor.features(train, args.views)
     about = {
         "images": train.name,
@@ -177,13 +193,30 @@ class Memory:
         return int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
-def run(method: Method, data: Data, k: int, seed: int) -> dict[str, Any]:
+def run(method: Method, data: Data, k: int, seed: int, device: str) -> dict[str, Any]:
     """Fit one method with one seed; return its scores on the test images."""
-    estimator = method.build(k, data.train.shape[1], seed)
+    estimator = method.build(k, data.train.shape[1], seed, device)
+    for array in data.arrays():
+        # Another process maps them: a byte of every page, so that memory is of the fit.
+        array.reshape(-1).view(np.uint8)[::4096].max()
+    on_gpu = device == "cuda" and method.kind != "classical"
+    if on_gpu:
+        torch.ones(2, 2, device=device).matrix_power(2)  # what CUDA loads once is not of the fit
+        torch.cuda.reset_peak_memory_stats()
     memory, began, worked = Memory(), time.perf_counter(), time.process_time()
-    estimator.fit(data.train, **({"views": data.views} if method.views else {}))
+    with warnings.catch_warnings():
+        # Ctrl-C ends training early: no run that is finished.
+        warnings.filterwarnings("error", "Interrupted")
+        try:
+            estimator.fit(data.train, **({"views": data.views} if method.views else {}))
+        except UserWarning as warning:
+            if "Interrupted" not in str(warning):
+                raise
+            raise KeyboardInterrupt from warning
     seconds, processor = time.perf_counter() - began, time.process_time() - worked
     result = {"seconds": seconds, "cpu_seconds": processor, "peak_beyond_mib": memory.peak()}
+    if on_gpu:
+        result["gpu_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     labels = estimator.predict(data.test)
     result |= {name: score(data.labels, labels) for name, score in SCORES.items()}
     result["in_use"] = len(np.unique(labels))
@@ -192,14 +225,18 @@ def run(method: Method, data: Data, k: int, seed: int) -> dict[str, Any]:
     return result
 
 
-def kept_run(method: Method, data: Data, k: int, seed: int, folder: Path, digest: str) -> Any:
+def kept_run(
+    method: Method, data: Data, k: int, seed: int, folder: Path, digest: str, device: str
+) -> Any:
     """Return a run that was finished before, or finish it and keep it."""
     about = [asdict(method), k, seed, digest, code(method.kind)]
+    if device != "cpu" and method.kind != "classical":
+        about.append(device)
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = folder / "runs" / f"{key}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    result = {"seed": seed, **run(method, data, k, seed)}
+    result = {"seed": seed, **run(method, data, k, seed, device)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(result))
     return result
@@ -224,11 +261,16 @@ def _cell(values: list[Any], form: str) -> str:
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Return Markdown: one line a method, mean ± standard deviation over seeds."""
-    columns = dict.fromkeys(SCORES, ".3f") | {"cpu_seconds": ".0f", "peak_beyond_mib": ".0f"}
-    lines = ["| clusters by | NMI | ACC | purity | ARI | CPU seconds | peak MiB |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
+    columns = {name: (name, ".3f") for name in SCORES}
+    columns |= {"cpu_seconds": ("CPU seconds", ".0f"), "peak_beyond_mib": ("peak MiB", ".0f")}
+    if any("gpu_peak_mib" in run for runs in results.values() for run in runs):
+        columns["gpu_peak_mib"] = "GPU MiB", ".0f"
+    titles = [title for title, _ in columns.values()]
+    lines = [f"| clusters by | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(columns)]
     for name, runs in results.items():
-        cells = [_cell([run.get(column) for run in runs], form) for column, form in columns.items()]
+        cells = [
+            _cell([run.get(name) for run in runs], form) for name, (_, form) in columns.items()
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -240,12 +282,16 @@ def notes(settings: dict[str, Any]) -> str:
     if "network" in of:
         source += f"; {of['network']}, ImageNet weights, images scaled to {of['size']} px"
     seeds = ", ".join(map(str, of["seeds"]))
+    own, fits = of["hardware"], of["processes"]
+    machine = f"{own['cpu']}, "
+    machine += f"{own['torch_threads']} thread(s)" if fits == 1 else f"{fits} fits side by side"
+    if of["device"] == "cuda":
+        machine += f", network and heads on {own['gpu']}"
     return (
         f"{source}. {of['train']} training and {of['test']} scored images of {of['d']} features, "
         f"{of['view_count']} stored augmented views, K = {of['k']}. Mean ± standard deviation of "
-        f"seeds {seeds}; methods without randomness once. {of['hardware']['cpu']}, "
-        f"{of['hardware']['torch_threads']} thread(s); seconds are of the processor, for fitting; "
-        "peak is memory beyond what was held before.\n\n"
+        f"seeds {seeds}; methods without randomness once. {machine}; seconds are of the processor, "
+        "for fitting; peak is memory beyond what was held before.\n\n"
         "k-means and mini-batch k-means: best of ten starts. Where no scaling is named, features "
         "are standardised, projected to 256 principal directions and L2-normalised; Gaussian "
         "mixture: 64 more principal directions, HDBSCAN: 20. Methods that cannot predict label "
@@ -269,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Fit every method with every seed and report."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch sees no GPU")
     data = load(args)
     k = args.clusters or len(np.unique(data.labels))
     seen = data.views is not None
@@ -284,15 +332,21 @@ def compare(args: argparse.Namespace) -> int:
         **data.about,
         **{"table": args.table, "train": len(data.train), "test": len(data.test), "k": k},
         **{"d": data.train.shape[1], "view_count": 0 if data.views is None else len(data.views)},
-        **{"seeds": args.seeds, "hardware": hardware(), "versions": versions()},
+        **{"seeds": args.seeds, "device": args.device, "processes": args.processes},
+        **{"hardware": hardware(), "versions": versions()},
     }
     digest = data.digest()
     results: dict[str, list[Any]] = {method.name: [] for method in methods}
     # Seed by seed, so that a table of fewer seeds is there early.
     plan = [(m, seed) for seed in args.seeds for m in methods if m.seeded or seed == args.seeds[0]]
-    for method, seed in (bar := tqdm(plan, unit="run")):
+    task = delayed(kept_run)
+    # One by one: runs that are there already must not put others into one batch.
+    runs = Parallel(n_jobs=args.processes, batch_size=1, return_as="generator")(
+        task(method, data, k, seed, args.cache, digest, args.device) for method, seed in plan
+    )
+    for (method, seed), result in zip(bar := tqdm(plan, unit="run"), runs, strict=True):
         bar.set_postfix_str(f"{method.name}, seed {seed}")
-        results[method.name].append(kept_run(method, data, k, seed, args.cache, digest))
+        results[method.name].append(result)
     report(args, settings, results, f"{table(results)}\n\n{notes(settings)}")
     return 0
 
@@ -301,8 +355,8 @@ def trust(args: argparse.Namespace, data: Data) -> int:
     """Compare the scores without labels with those by labels."""
     name = str(data.about["test_images"])
     given = {**label_free.sets(), name: (data.test.astype(np.float32), data.labels)}
-    results = label_free.run(given, args.seeds)
-    settings = {**data.about, "seeds": args.seeds}
+    results = label_free.run(given, args.seeds, args.device)
+    settings = {**data.about, "seeds": args.seeds, "device": args.device}
     settings |= {"hardware": hardware(), "versions": versions()}
     report(args, settings, results, f"{label_free.table(results, given)}\n")
     return 0

@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,9 @@ class Pictures:
     def some(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Pictures:
         """Return those images, in that order."""
         chosen = np.asarray(rows, dtype=np.int64)
-        read = self.read
         return replace(
             self,
-            read=lambda i: read(int(chosen[i])),
+            read=partial(_renumbered, self.read, chosen),
             labels=self.labels[chosen],
             rows=self.rows[chosen],
         )
@@ -74,6 +74,25 @@ def load(source: str) -> Pictures:
     raise ValueError(f"images: expected a folder, an .npz of JPEGs or 'digits', got {source!r}")
 
 
+# Functions of modules, as other processes take no closures.
+def _renumbered(
+    read: Callable[[int], Image.Image], rows: npt.NDArray[np.int64], i: int
+) -> Image.Image:
+    return read(int(rows[i]))
+
+
+def _of_folder(files: Sequence[Path], i: int) -> Image.Image:
+    return _rgb(files[i])
+
+
+def _of_pack(jpeg: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], i: int) -> Image.Image:
+    return _rgb(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes()))
+
+
+def _of_pixels(pixels: npt.NDArray[np.uint8], i: int) -> Image.Image:
+    return Image.fromarray(pixels[i]).convert("RGB")
+
+
 def _rgb(file: Path | io.BytesIO) -> Image.Image:
     with Image.open(file) as image:
         return image.convert("RGB")
@@ -91,9 +110,8 @@ def _folder(path: Path) -> Pictures:
         digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
     labels = np.array([numbers[name] for name in names], dtype=np.int64)
     source = digest.hexdigest()[:16]
-    return Pictures(
-        lambda i: _rgb(files[i]), labels, path.name, source, np.arange(len(files), dtype=np.int64)
-    )
+    rows = np.arange(len(files), dtype=np.int64)
+    return Pictures(partial(_of_folder, files), labels, path.name, source, rows)
 
 
 def _packed(path: Path) -> Pictures:
@@ -103,11 +121,8 @@ def _packed(path: Path) -> Pictures:
             raise ValueError(f"images: {path} lacks the arrays {', '.join(sorted(missing))}")
         jpeg, offsets, labels = pack["jpeg"], pack["offsets"], pack["labels"].astype(np.int64)
     digest = hashlib.sha256(jpeg.tobytes()).hexdigest()[:16]
-
-    def read(i: int) -> Image.Image:
-        return _rgb(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes()))
-
-    return Pictures(read, labels, path.stem, digest, np.arange(len(labels), dtype=np.int64))
+    rows = np.arange(len(labels), dtype=np.int64)
+    return Pictures(partial(_of_pack, jpeg, offsets), labels, path.stem, digest, rows)
 
 
 def _digits() -> Pictures:
@@ -115,10 +130,6 @@ def _digits() -> Pictures:
 
     bunch = load_digits()
     pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
-
-    def read(i: int) -> Image.Image:
-        return Image.fromarray(pixels[i]).convert("RGB")
-
     labels = bunch.target.astype(np.int64)
     rows = np.arange(len(labels), dtype=np.int64)
-    return Pictures(read, labels, "digits", "scikit-learn-digits", rows)
+    return Pictures(partial(_of_pixels, pixels), labels, "digits", "scikit-learn-digits", rows)

@@ -55,10 +55,10 @@ def uneven(features: Array, labels: Array, ratio: float = 0.75) -> tuple[Array, 
     return features[rows], labels[rows]
 
 
-def scales(features: Array, labels: Array, seed: int) -> dict[str, Any]:
+def scales(features: Array, labels: Array, seed: int, device: str) -> dict[str, Any]:
     """Return agreement, silhouette of k-means and NMI at every scale."""
     ks = [k for k in SCALES if k * ROWS_A_CLUSTER <= len(features)]
-    model = C2BINClustering(ks, random_state=seed).fit(features)
+    model = C2BINClustering(ks, random_state=seed, device=device).fit(features)
     result: dict[str, Any] = {"k": ks, "agreement": model.agreement_per_scale_}
     own = model.labels_per_scale_
     result["NMI"] = [metrics.normalized_mutual_information(labels, found) for found in own]
@@ -75,13 +75,14 @@ def scales(features: Array, labels: Array, seed: int) -> dict[str, Any]:
     return result
 
 
-def weights(features: Array, labels: Array, seed: int) -> dict[str, Any]:
+def weights(features: Array, labels: Array, seed: int, device: str) -> dict[str, Any]:
     """Return the NMI of k-means, of λ_ent = 1 and of the choice without labels."""
     k = len(np.unique(labels))
-    chosen = C2BINClustering((k, 2 * k, 4 * k), random_state=seed).fit(features)
+    options: dict[str, Any] = {"random_state": seed, "device": device}
+    chosen = C2BINClustering((k, 2 * k, 4 * k), **options).fit(features)
     fixed = chosen
     if chosen.entropy_weight_ != 1:
-        fixed = C2BINClustering((k, 2 * k, 4 * k), entropy_weight=1, random_state=seed)
+        fixed = C2BINClustering((k, 2 * k, 4 * k), entropy_weight=1, **options)
         fixed.fit(features)
     k_means = classical(BEST_K_MEANS, k, features.shape[1], seed).fit(features)
     found = k_means.predict(features), fixed.labels_, chosen.labels_
@@ -93,7 +94,7 @@ def weights(features: Array, labels: Array, seed: int) -> dict[str, Any]:
 
 
 def run(
-    given: dict[str, tuple[Array, Array]], seeds: Sequence[int]
+    given: dict[str, tuple[Array, Array]], seeds: Sequence[int], device: str
 ) -> dict[str, dict[str, list[Any]]]:
     """Return the results of every set and seed."""
     results: dict[str, dict[str, list[Any]]] = {}
@@ -101,8 +102,8 @@ def run(
     for name, seed in (bar := tqdm(plan, unit="run")):
         bar.set_postfix_str(f"{name}, seed {seed}")
         own = results.setdefault(name, {"scales": [], "weights": []})
-        own["scales"].append(scales(*given[name], seed))
-        own["weights"].append(weights(*given[name], seed))
+        own["scales"].append(scales(*given[name], seed, device))
+        own["weights"].append(weights(*given[name], seed, device))
     return results
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from c2bin_ext import C2BINLoss, MultiScaleClusterLoss
 from c2bin_ext.clustering import C2BINClustering
 from experiments.features import rivals
 
@@ -27,16 +29,15 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     seeded: bool = True
 
-    def build(self, k: int, d: int, seed: int) -> Any:
+    def build(self, k: int, d: int, seed: int, device: str) -> Any:
         """Return what has `fit` and `predict`."""
         if self.kind == "classical":
             return rivals.classical(self.name, k, d, seed)
-        options = {"n_clusters": (k, 4 * k, 16 * k), "random_state": seed, **self.options}
+        options: dict[str, Any] = {"n_clusters": (k, 4 * k, 16 * k), "random_state": seed}
+        options |= {"device": device, **self.options}
         if self.kind == "loss":
             return rivals.OtherLoss(self.name.split(",")[0], **options)
-        return {"k-means": C2BINClustering, "random": RandomStart, "still": Still}[
-            options.pop("form", "k-means")
-        ](**options)
+        return FORMS[options.pop("form", "k-means")](**options)
 
 
 class RandomStart(C2BINClustering):
@@ -50,6 +51,19 @@ class Still(C2BINClustering):
 
     _jitter = 0.0, 0.0
 
+
+class OtherForm(C2BINClustering):
+    """Another form of the same loss; `loss` are options of `MultiScaleClusterLoss`."""
+
+    def __init__(self, loss: dict[str, Any], **options: Any) -> None:
+        super().__init__(**options)
+        self.loss = loss
+
+    def _criterion(self, entropy_weight: float) -> Callable[[Any], Any]:
+        return MultiScaleClusterLoss(entropy_weight, self.temperature, **self.loss)
+
+
+FORMS = {"k-means": C2BINClustering, "random": RandomStart, "still": Still, "loss": OtherForm}
 
 UNSEEDED = ("agglomerative", "HDBSCAN")
 
@@ -88,4 +102,17 @@ def ablations(k: int, views: bool) -> list[Method]:
         "random start": {"form": "random"},
         "rows not moved": {"form": "still"},
     }
+    paper = C2BINLoss.paper()
+    printed = {
+        name: getattr(paper, name)
+        for name in ("similarity", "positive_in_denominator", "symmetric", "reduction")
+    }
+    forms = {
+        "dot products": {"similarity": "dot"},
+        "positive left out of its denominator": {"positive_in_denominator": False},
+        "contrast in one direction": {"symmetric": False},
+    }
+    changes |= {name: {"form": "loss", "loss": loss} for name, loss in forms.items()}
+    weights = {"temperature": paper.temperature, "entropy_weight": paper.entropy_weight}
+    changes["the loss as printed"] = {"form": "loss", "loss": printed, **weights}
     return [Method(name, views=views, options=options) for name, options in changes.items()]
