@@ -1,7 +1,8 @@
 """The methods: those that are compared, with one set of settings, and those that are measured.
 
-Beside the four of `c2bin_lightly`: C2BIN with what the paper does not say, MoCo and SimCLR that
-knows the classes, which the paper's tables need, and C2BIN that looks at its own gradients.
+Beside the four of `c2bin_lightly`: C2BIN with what the paper does not say, the methods that the
+paper's tables need (MoCo, SimCLR that knows the classes, and others that cluster), and C2BIN that
+looks at its own gradients.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torchvision.transforms.v2 import Normalize
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead
 from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regularizer
 from experiments.options import BACKBONES
+from experiments.rivals import Clustering, ContrastiveClustering
 from experiments.targets import NearestFeatures, Sharpened, TemperedHead
 
 Views = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -399,7 +401,15 @@ KINDS = METHODS | {
     ),
     "oracle": METHODS["simclr"]._replace(label="SimCLR, other classes", kind=OracleSimCLR),
     "watched": METHODS["c2bin"]._replace(kind=WatchedC2BIN),
+    # The others that cluster, optimised as all are, untuned. CC contrasts instances as its paper
+    # does, with SimCLR's projector and temperature.
+    "iic": Method("IIC", Clustering, {"loss": "IIC"}),
+    "pica": Method("PICA", Clustering, {"loss": "PICA"}),
+    "cc": Method("CC", ContrastiveClustering, {**CONTRAST, "temperature": 0.5}),
 }
+# The clusters of their heads: for ten classes their papers have 10, and IIC and PICA an auxiliary
+# head of 70.
+CLUSTERS_A_CLASS = {"iic": (1, 7), "pica": (1, 7), "cc": (1,)}
 VARIATIONS = (
     "standardize",
     "warmup",
@@ -420,6 +430,11 @@ def pretrained(name: str, size: int) -> tuple[nn.Module, int]:
     with torch.inference_mode():
         features = net(torch.zeros(1, 3, size, size)).shape[1]
     return net.train(), features
+
+
+def heads_by_class(method: str, classes: int) -> list[int]:
+    """Return K of each head, for heads whose papers size them by the classes; none of others."""
+    return [classes * clusters for clusters in CLUSTERS_A_CLASS.get(method, ())]
 
 
 def queue_size(images: int) -> int:

@@ -26,6 +26,7 @@ from experiments.methods import (
     KINDS,
     LR_PER_IMAGE,
     OPTIMIZATION,
+    heads_by_class,
     model_of,
     objective,
     queue_size,
@@ -71,7 +72,7 @@ def kmeans_scores(train: Features, test: Features, k: int, seed: int) -> Result:
 
 
 def common_scores(model: LightningModule, job: Job, train: Features, test: Features) -> Result:
-    """Return what every table has: kNN, k-means, and the scores of C2BIN's own heads."""
+    """Return what every table has: kNN, k-means, and the scores of the method's own heads."""
     sizes = [len(job.images.classes), *job.settings.get("kmeans", ())]
     found = [kmeans_scores(train, test, k, job.settings["seed"]) for k in sizes]
     heads = [
@@ -321,6 +322,8 @@ class Bench:
             options["queue_size"] = queue_size(len(images.train))
         if issubclass(KINDS[method].kind, C2BIN):
             options |= {"num_clusters": [32, 64, 128], "normalize": True, "against": "follower"}
+        elif heads := heads_by_class(method, len(images.classes)):
+            options["num_clusters"] = heads
         options |= trial.options
         options["lr"] *= self.args.batch_size / 128
         more |= {name: getattr(self.args, name) for name in ("backbone", "batch_size")}

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from c2bin_lightly import C2BIN
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -192,9 +191,17 @@ class Snapshots(Callback):
 
 
 def own_heads(model: LightningModule, features: Tensor) -> list[Tensor]:
-    """Return what the heads of C2BIN make of features (n, d), a (n, K) each; none of others."""
+    """Return what a model's cluster heads, if any, make of features (n, d), a (n, K) each."""
+    head = getattr(model, "cluster_head", None)
+    if head is None:
+        return []
+    # Batch norm would take in the images that are scored.
+    training = head.training
+    head.eval()
     with torch.no_grad():
-        return [*model.cluster_head(features)] if isinstance(model, C2BIN) else []
+        found = [*head(features)]
+    head.train(training)
+    return found
 
 
 def save_arrays(path: Path, model: LightningModule, test: Features) -> None:

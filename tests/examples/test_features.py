@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -22,83 +21,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(autouse=True)
 def _path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
-def assignments(n: int = 12, k: int = 4) -> torch.Tensor:
-    return torch.randn(n, k, dtype=torch.float64).softmax(dim=1)
-
-
-def test_iic_is_minus_the_mutual_information() -> None:
-    from experiments.features import rivals
-
-    first, second = assignments(), assignments()
-    joint = [[0.0] * 4 for _ in range(4)]
-    for p, q in zip(first.tolist(), second.tolist(), strict=True):
-        for i in range(4):
-            for j in range(4):
-                joint[i][j] += (p[i] * q[j] + p[j] * q[i]) / 24
-    rows = [sum(row) for row in joint]
-    information = sum(
-        joint[i][j] * math.log(joint[i][j] / (rows[i] * rows[j]))
-        for i in range(4)
-        for j in range(4)
-    )
-    # Of float64 assignments, the sums are float64.
-    assert float(rivals.iic(((first,), (second,))).loss) == pytest.approx(-information)
-
-
-def balance(share: list[float]) -> float:
-    return math.log(len(share)) + sum(s * math.log(s) for s in share)
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / math.hypot(*a) / math.hypot(*b)
-
-
-def test_pica() -> None:
-    from experiments.features import rivals
-
-    first, second = assignments(), assignments()
-    columns = first.T.tolist(), second.T.tolist()
-    expected = 0.0
-    for k, own in enumerate(columns[0]):
-        exponentials = [math.exp(cosine(own, other)) for other in columns[1]]
-        expected -= math.log(exponentials[k] / sum(exponentials)) / 4
-    for view in columns:
-        expected += 2 * balance([sum(column) / 12 for column in view]) / 2
-    assert float(rivals.pica(((first,), (second,))).loss) == pytest.approx(expected)
-
-
-def test_scan() -> None:
-    from experiments.features import rivals
-
-    first, second = assignments(), assignments()
-    pairs = zip(first.tolist(), second.tolist(), strict=True)
-    alike = [math.log(sum(a * b for a, b in zip(p, q, strict=True))) for p, q in pairs]
-    expected = 5 * balance(first.mean(dim=0).tolist()) - sum(alike) / 12
-    assert float(rivals.scan(((first,), (second,))).loss) == pytest.approx(expected)
-
-
-def test_cc() -> None:
-    from experiments.features import rivals
-
-    first, second = assignments(), assignments()
-    columns = [*first.T.tolist(), *second.T.tolist()]
-    expected = balance(first.mean(dim=0).tolist()) + balance(second.mean(dim=0).tolist())
-    for i, own in enumerate(columns):
-        others = {j: math.exp(cosine(own, c)) for j, c in enumerate(columns) if j != i}
-        expected -= math.log(others[(i + 4) % 8] / sum(others.values())) / 8
-    assert float(rivals.cc(((first,), (second,))).loss) == pytest.approx(expected)
-
-
-def test_losses_are_summed_over_heads() -> None:
-    from experiments.features import rivals
-
-    views = [(assignments(k=3), assignments(k=5)) for _ in range(2)]
-    for loss in rivals.LOSSES.values():
-        single = sum(float(loss(((a,), (b,))).loss) for a, b in zip(*views, strict=True))
-        assert float(loss((views[0], views[1])).loss) == pytest.approx(single)
 
 
 def picture(colour: int) -> Image.Image:

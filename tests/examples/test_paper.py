@@ -23,8 +23,8 @@ PICTURES = {
     "figure9": ["figure9.png", "figure10.png", "figure11.png"],
 }
 # How many runs each reads.
-RUNS = {"table1": 6, "table2": 0, "table3": 3, "table4": 3, "oracle": 2} | {
-    "figure4": 6, "figure5": 2, "figure6": 3, "figure9": 1
+RUNS = {"table1": 6, "table2": 0, "table3": 6, "table4": 4, "oracle": 2} | {
+    "figure4": 8, "figure5": 2, "figure6": 4, "figure9": 1
 }  # fmt: skip
 
 
@@ -92,21 +92,30 @@ class TestSmoke:
         ours = {row[0]: row for row in rows_of(table3)}
         assert ours["C2BIN"][3] == "0.62"
         assert {"K-means on pixels", "SC on pixels", "AC on pixels"} < set(ours)
-        assert {f"k-means on {name}'s features" for name in ("BYOL", "SimCLR")} < set(ours)
-        assert {"no heads", "{32}", "{32, 64, 128}"} == {
-            row[0] for row in rows_of((smoke / "table4.md").read_text())[1:]
-        }
+        trained = ("SimCLR", "BYOL", "IIC", "PICA", "CC", "C2BIN")
+        assert {f"k-means on {name}'s features" for name in trained} < set(ours)
+        published = {name: ours[name][3::3][:2] for name in ("IIC", "PICA", "CC")}
+        assert published == {"IIC": ["-", "0.62"], "PICA": ["0.56", "0.65"], "CC": ["0.70", "0.79"]}
+        results = json.loads((smoke / "table3.json").read_text())["results"]
+        # Of two heads, the one with as many clusters as classes.
+        assert [results[name][0]["k"] for name in published] == [10, 10, 10]
+        assert [row[0] for row in rows_of((smoke / "table4.md").read_text())[1:]] == [
+            *("no heads", "{32}", "{32, 64, 128}", "{32, 64, 128}, averaged")
+        ]
+        for name in ("figure4", "figure6"):
+            shown = {row[0] for row in rows_of((smoke / f"{name}.md").read_text())[1:]}
+            assert shown == {"SimCLR", "BYOL", "PICA", "C2BIN"}
 
     def test_runs_are_shared_between_experiments(self, smoke: Path) -> None:
-        # Table 1's six, three of Table 10, three at rate 2, one more set of heads, the oracle.
-        assert len(list(smoke.glob("runs/*/result.json"))) == 6 + 3 + 3 + 1 + 1
-        assert len(list(smoke.glob("runs/*"))) == 14
+        # Table 1's six, six of Table 10, PICA, four at rate 2, two more rows of heads, the oracle.
+        assert len(list(smoke.glob("runs/*/result.json"))) == 6 + 6 + 1 + 4 + 2 + 1
+        assert len(list(smoke.glob("runs/*"))) == 20
 
     def test_a_second_call_trains_nothing_and_says_the_same(self, smoke: Path) -> None:
         before, table = run_times(smoke), (smoke / "table4.md").read_bytes()
         done = run("paper.py", "table4", "--budget", "smoke", "--out", smoke.parent)
         assert done.returncode == 0, done.stderr
-        assert "3 of 3 runs are there already" in done.stdout
+        assert "4 of 4 runs are there already" in done.stdout
         assert run_times(smoke) == before
         assert (smoke / "table4.md").read_bytes() == table
 
@@ -243,7 +252,9 @@ class TestSuperclasses:
         )
         args = parse(["table3", "--dataset", "cifar100", "--out", str(tmp_path)])
         lab = runs.Lab(args, args.scale)
-        assert clusters.specs(lab, "c2bin")["c2bin"].clusters == (20, 40, 160)
+        heads = {n: s.clusters for n, s in clusters.specs(lab, "c2bin", "pica", "cc").items()}
+        assert heads == {"c2bin": (20, 40, 160), "pica": (20, 140), "cc": (20,)}
+        assert lab.spec("pica").clusters == (100, 700)
         assert len(lab.images().classes) == 100
         assert lab.images(clustering=True).train_labels.unique().tolist() == list(range(20))
 
@@ -253,6 +264,19 @@ class TestSuperclasses:
 
         with pytest.raises(ExperimentError, match="CIFAR-100's 100 classes, got 2"):
             superclasses(["cat", "dog"])
+
+
+def test_averaged_heads_weigh_as_much_as_one(tmp_path: Path) -> None:
+    from experiments.paper.cli import parse
+    from experiments.paper.runs import Lab, Spec
+
+    args = parse(["table4", "--budget", "smoke", "--out", str(tmp_path)])
+    lab, spec = Lab(args, args.scale), Spec("c2bin", (8, 16, 32))
+    summed, averaged = lab.job(spec, 0), lab.job(replace(spec, averaged=True), 0)
+    assert summed.settings["loss"]["cluster_weight"] == 2
+    assert averaged.settings["loss"]["cluster_weight"] == pytest.approx(2 / 3)
+    assert summed.name != averaged.name
+    assert averaged.label == "C2BIN {8, 16, 32}, averaged"
 
 
 class TestOracle:

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import c2bin_ext
 from c2bin_ext import metrics
+from experiments import cluster_losses
 from experiments.features import images, label_free
 from experiments.features.extraction import Extractor
 from experiments.features.methods import Method, ablations, rows
@@ -247,7 +248,7 @@ def code(kind: str) -> str:
     """Return a digest of the code that a run depends on, so that a change of it runs again."""
     files = [Path(__file__).with_name("rivals.py")]
     if kind != "classical":
-        files += [Path(__file__).with_name("methods.py")]
+        files += [Path(__file__).with_name("methods.py"), Path(cluster_losses.__file__)]
         files += sorted(Path(c2bin_ext.__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from c2bin_ext import C2BINLoss, MultiScaleClusterLoss
 from c2bin_ext.clustering import C2BINClustering
+from experiments.cluster_losses import LOSSES
 from experiments.features import rivals
 
 
@@ -73,7 +74,7 @@ def rows(views: bool) -> list[Method]:
     found = [Method(n, "classical", seeded=n not in UNSEEDED) for n in rivals.CLASSICAL]
     for seen in (False, True)[: 1 + views]:
         note = ", with views" if seen else ""
-        found += [Method(f"{name}{note}", "loss", seen) for name in rivals.LOSSES]
+        found += [Method(f"{name}{note}", "loss", seen) for name in LOSSES]
         found.append(Method(f"C2BIN{note}", "c2bin", seen))
     return found
 

@@ -1,16 +1,12 @@
-"""What clusters the same features: scikit-learn's methods, and other losses with C2BIN's heads.
-
-IIC and PICA need of a batch only the sums that C2BIN's losses take, so they are written on these.
-"""
+"""What clusters the same features: scikit-learn's methods, and other losses with C2BIN's heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn.cluster import (
     HDBSCAN,
     AgglomerativeClustering,
@@ -24,85 +20,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
 
 from c2bin_ext.clustering import C2BINClustering
-from c2bin_ext.functional import cluster_entropy_regularizer
-from c2bin_ext.statistics import BatchStatistics
+from experiments.cluster_losses import LOSSES
 
 Array = npt.NDArray[Any]
-Heads = Sequence[Tensor]
 
 
 class Loss(NamedTuple):
     """What the estimator reads of a criterion's result."""
 
     loss: Tensor
-
-
-def _sums(assignments: tuple[Heads, Heads], contrast: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return for every head the Gram matrix (K, K), masses (2, K) and squared norms (2, K)."""
-    groups = BatchStatistics.of(views=assignments, contrast=contrast).groups
-    parts = [part for group in groups for part in group.parts()]
-    return [
-        (gram[0], masses, squares)
-        for gram, masses, squares in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
-    ]
-
-
-def iic(assignments: tuple[Heads, Heads]) -> Loss:
-    """IIC (Ji et al., ICCV 2019, Eq. 3): minus the mutual information of the views' clusters."""
-    losses = []
-    for gram, _, _ in _sums(assignments, "dot"):
-        joint = (gram + gram.T) / (2 * gram.sum())
-        joint = joint.clamp_min(1e-9)
-        independent = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0, keepdim=True)
-        losses.append((joint * (independent.log() - joint.log())).sum())
-    return Loss(torch.stack(losses).sum())
-
-
-def pica(assignments: tuple[Heads, Heads]) -> Loss:
-    """PICA (Huang et al., CVPR 2020, Eq. 9): the cosine contrast at τ = 1, balance weighed 2."""
-    losses = []
-    for gram, masses, squares in _sums(assignments, "cosine"):
-        norms = squares.clamp_min(1e-12).sqrt()
-        cosines = gram / norms[0][:, None] / norms[1][None]
-        own = torch.arange(len(gram), device=gram.device)
-        share = masses / masses.sum(dim=1, keepdim=True)
-        balance = (share * (share * len(gram)).clamp_min(1e-9).log()).sum(dim=1).mean()
-        losses.append(cross_entropy(cosines, own) + 2 * balance)
-    return Loss(torch.stack(losses).sum())
-
-
-def scan(assignments: tuple[Heads, Heads]) -> Loss:
-    """SCAN (Van Gansbeke et al., ECCV 2020, Eq. 2): pairs alike, and entropy weighed 5."""
-    losses = []
-    for anchors, neighbours in zip(*assignments, strict=True):
-        alike = (anchors * neighbours).sum(dim=1).clamp_min(1e-9).log().mean()
-        losses.append(5 * cluster_entropy_regularizer(anchors) - alike)
-    return Loss(torch.stack(losses).sum())
-
-
-def cc(assignments: tuple[Heads, Heads]) -> Loss:
-    """CC's cluster-level loss (Li et al., AAAI 2021, Eq. 5-7): NT-Xent of 2K columns at τ = 1."""
-    losses = []
-    for first, second in zip(*assignments, strict=True):
-        columns = normalize(torch.cat([first, second], dim=1), dim=0)
-        similarity = columns.T @ columns
-        k = first.shape[1]
-        rows = torch.arange(2 * k, device=first.device)
-        similarity = similarity.masked_fill(rows[:, None] == rows, -torch.inf)
-        balance = cluster_entropy_regularizer(first) + cluster_entropy_regularizer(second)
-        losses.append(cross_entropy(similarity, rows.roll(k)) + balance)
-    return Loss(torch.stack(losses).sum())
-
-
-LOSSES: dict[str, Callable[[tuple[Heads, Heads]], Loss]] = {
-    "IIC": iic,
-    "PICA": pica,
-    "SCAN": scan,
-    "CC": cc,
-}
 
 
 class OtherLoss(C2BINClustering):
@@ -114,7 +42,7 @@ class OtherLoss(C2BINClustering):
         self.loss = loss
 
     def _criterion(self, entropy_weight: float) -> Callable[[Any], Any]:
-        return LOSSES[self.loss]
+        return lambda assignments: Loss(LOSSES[self.loss](assignments))
 
 
 def _floats(rows: Array) -> Array:

@@ -14,7 +14,8 @@ from matplotlib.patches import Patch
 from experiments.data import Images
 from experiments.pictures import COLOURS, MARKERS, TSNE_IMAGES, class_legend, embedding, plt
 
-STYLES = {"SimCLR": 0, "BYOL": 1, "C2BIN": 2}  # one colour and marker a method, in every figure
+# One colour and marker a method, in every figure.
+STYLES = {"SimCLR": 0, "BYOL": 1, "C2BIN": 2, "PICA": 3}
 RIGHT, WRONG = "#117733", "#CC3311"
 
 

@@ -15,7 +15,7 @@ from pytorch_lightning import LightningModule
 from c2bin_ext.metrics import retrieval_precision
 from experiments.data import Images, limited, load
 from experiments.evaluation import Features
-from experiments.methods import KINDS, LR_PER_IMAGE, OPTIMIZATION, queue_size
+from experiments.methods import KINDS, LR_PER_IMAGE, OPTIMIZATION, heads_by_class, queue_size
 from experiments.paper.budgets import Budget
 from experiments.paper.probe import LEARNING_RATES, linear_evaluation
 from experiments.paper.subsets import thinned, with_superclasses
@@ -31,22 +31,29 @@ class Spec:
 
     Attributes:
         method: Key of `KINDS`.
-        clusters: Of C2BIN's heads.
+        clusters: Of the method's heads.
         rate: Balance rate of the training images.
         clustering: The recipe of Table 10 in place of Table 5's.
+        averaged: The cluster terms are the heads' mean in place of their sum.
     """
 
     method: str
     clusters: tuple[int, ...] = ()
     rate: float = 1.0
     clustering: bool = False
+    averaged: bool = False
 
     @property
     def label(self) -> str:
         """Return the name for people."""
-        heads = f" {{{', '.join(map(str, self.clusters))}}}" if self.clusters else ""
         rate = f", rate {self.rate:g}" if self.rate != 1 else ""
-        return f"{KINDS[self.method][0]}{heads}{rate}"
+        return f"{KINDS[self.method].label} {self.heads}".rstrip() + rate
+
+    @property
+    def heads(self) -> str:
+        """Return the set of clusters, as the paper writes it; nothing without heads."""
+        listed = f"{{{', '.join(map(str, self.clusters))}}}" if self.clusters else ""
+        return f"{listed}, averaged" if self.averaged else listed
 
 
 def score(
@@ -97,6 +104,14 @@ class Lab:
         """Return the images that a run is trained and scored on."""
         return self.subset(clustering, rate, seed)[0]
 
+    def spec(self, method: str, clustering: bool = False) -> Spec:
+        """Return the spec of a method with the heads of its paper."""
+        classes = len(self.images(clustering).classes)
+        heads = heads_by_class(method, classes)
+        if method == "c2bin":
+            heads = [classes, 40, 160] if clustering else [32, 64, 128]
+        return Spec(method, tuple(heads), clustering=clustering)
+
     def job(self, spec: Spec, seed: int) -> Job:
         """Return the run of a spec with one seed."""
         images, pixels = self.subset(spec.clustering, spec.rate, seed)
@@ -117,12 +132,16 @@ class Lab:
         elif spec.method in ("byol", "c2bin"):  # the MLP(512, 512) of Tables 5 and 10
             momentum = 0.995 if spec.clustering else 0.99
             options = {"hidden_dim": 512, "projection_dim": 512, "follower_momentum": momentum}
+        if spec.clusters:
+            options["num_clusters"] = spec.clusters
         loss: dict[str, Any] = {}
         if spec.method == "c2bin":
-            options |= {"num_clusters": spec.clusters, "against": "runner", "normalize": False}
+            options |= {"against": "runner", "normalize": False}
             loss = {"cluster_weight": 2.0, "entropy_weight": 1.0, "temperature": 0.5}  # Table 5
             if spec.clustering:  # Table 10
                 loss = {"cluster_weight": 1.0, "entropy_weight": 1.0, "temperature": 1.0}
+            if spec.averaged:
+                loss["cluster_weight"] /= len(spec.clusters)
             loss["formulas"] = self.args.formulas
         settings = settings_of(
             spec.method,
@@ -143,6 +162,7 @@ class Lab:
         )
         parts = ["clustering" if spec.clustering else "features", spec.method]
         parts += [f"k{k}" for k in spec.clusters]
+        parts += ["averaged"] if spec.averaged else []
         parts += [f"rate{spec.rate:g}"] if spec.rate > 1 else []
         return Job("-".join([*parts, f"seed{seed}"]), spec.label, images, settings)
 
