@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
 
@@ -30,13 +30,15 @@ if importlib.util.find_spec("solo") is not None:
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
-# Mutation testing calls each test many times in one process, from fixtures of its own.
+# Mutation testing calls each test many times in one process, from fixtures of its own. All it asks
+# is whether a mutant fails: it looks for no smaller example.
 settings.register_profile(
     "mutation",
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")

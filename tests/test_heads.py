@@ -207,6 +207,7 @@ class TestHidden:
         assert head.linear.weight.shape == (7, 4)
         kinds = [type(m) for m in head.modules() if isinstance(m, nn.Linear | nn.BatchNorm1d)]
         assert sorted(kind.__name__ for kind in kinds) == ["BatchNorm1d", "Linear", "Linear"]
+        assert [*dict(head.hidden.named_parameters())] == ["0.weight", "1.weight", "1.bias"]
         assert "hidden_features=4" in repr(head)
         assert "hidden_features" not in repr(head_of((2, 5)))
 
