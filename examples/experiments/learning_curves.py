@@ -3,8 +3,8 @@
     python examples/learning_curves.py --data FOLDER --tensor-views
 
 Rows: SimCLR, MoCo v2, BYOL and C2BIN with the settings that won in docs/results/study.md, C2BIN
-with the weights and the wiring of the paper's Table 5, and C2BIN that looks for near neighbours in
-the second half of the run. Scores are of test images, on frozen features; nothing is chosen by
+with the weights and the wiring of the paper's Table 5, C2BIN that looks for near neighbours in the
+second half of the run; untuned, IIC, PICA and CC. Scores are of test images, on frozen features; nothing is chosen by
 them. Writes NAME.md, NAME.json and NAME.png to --out. Ctrl-C at any time: the same command goes on.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.decisions import ONCE
-from experiments.methods import METHODS
+from experiments.methods import KINDS, METHODS
 from experiments.options import exit_code
 from experiments.report import HEAD, SCORES, cells, markdown, recorded, sentence
 from experiments.runs import Bench, Trial, parse_study, study_parser
@@ -26,6 +26,7 @@ ROWS: dict[str, Trial] = {
     **{f"{METHODS[name].label}, tuned": trial for name, trial in TUNED.items()},
     "C2BIN, Table 5": Trial("c2bin", *ONCE),
     "C2BIN, near neighbours": Trial("c2bin", {"neighbours": 0.5}),
+    **{KINDS[name].label: Trial(name) for name in ("iic", "pica", "cc")},
 }
 # Keys of a curve's points, their names, and what they are multiplied by.
 SHOWN = {
