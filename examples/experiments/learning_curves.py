@@ -4,8 +4,9 @@
 
 Rows: SimCLR, MoCo v2, BYOL and C2BIN with the settings that won in docs/results/study.md, C2BIN
 with the weights and the wiring of the paper's Table 5, C2BIN that looks for near neighbours in the
-second half of the run; untuned, IIC, PICA and CC. Scores are of test images, on frozen features; nothing is chosen by
-them. Writes NAME.md, NAME.json and NAME.png to --out. Ctrl-C at any time: the same command goes on.
+second half of the run; untuned, IIC, PICA and CC. Scores are of test images, on frozen features;
+nothing is chosen by them. Writes NAME.md, NAME.json and NAME.png to --out. Ctrl-C at any time: the
+same command goes on.
 """
 
 from __future__ import annotations
