@@ -531,14 +531,14 @@ def _total(
     _checks.options(gather_distributed=gather_distributed)
     spans_ranks = gather_distributed and world_size() > 1
     if statistics is None:
-        return own.at(*sum_over_ranks([own.flat()])) if spans_ranks else own
+        return own.at(sum_over_ranks([own.flat()])[0], world_size()) if spans_ranks else own
     flat = own.flat()
     _checks.sums("statistics", statistics, flat)
     if validate_args:
         _checks.validate_finite("statistics", statistics)
     # The W equal losses of the ranks, which DDP averages, as in `sum_over_ranks`.
-    flat = flat * world_size() if spans_ranks else flat
-    return own.at(at_value_of(flat, statistics.to(flat.dtype)))
+    scale = world_size() if spans_ranks else 1
+    return own.at(at_value_of(flat * scale, statistics.to(flat.dtype)), scale)
 
 
 def _cluster_terms(

@@ -28,7 +28,6 @@ from torch.nn.functional import cross_entropy, normalize
 
 from c2bin_ext.clustering import C2BINClustering
 from c2bin_ext.functional import cluster_entropy_regularizer
-from c2bin_ext.statistics import BatchStatistics
 
 Array = npt.NDArray[Any]
 Heads = Sequence[Tensor]
@@ -40,20 +39,11 @@ class Loss(NamedTuple):
     loss: Tensor
 
 
-def _sums(assignments: tuple[Heads, Heads], contrast: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return for every head the Gram matrix (K, K), masses (2, K) and squared norms (2, K)."""
-    groups = BatchStatistics.of(views=assignments, contrast=contrast).groups
-    parts = [part for group in groups for part in group.parts()]
-    return [
-        (gram[0], masses, squares)
-        for gram, masses, squares in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
-    ]
-
-
 def iic(assignments: tuple[Heads, Heads]) -> Loss:
     """IIC (Ji et al., ICCV 2019, Eq. 3): minus the mutual information of the views' clusters."""
     losses = []
-    for gram, _, _ in _sums(assignments, "dot"):
+    for first, second in zip(*assignments, strict=True):
+        gram = first.T @ second
         joint = (gram + gram.T) / (2 * gram.sum())
         joint = joint.clamp_min(1e-9)
         independent = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0, keepdim=True)
@@ -64,12 +54,11 @@ def iic(assignments: tuple[Heads, Heads]) -> Loss:
 def pica(assignments: tuple[Heads, Heads]) -> Loss:
     """PICA (Huang et al., CVPR 2020, Eq. 9): the cosine contrast at τ = 1, balance weighed 2."""
     losses = []
-    for gram, masses, squares in _sums(assignments, "cosine"):
-        norms = squares.clamp_min(1e-12).sqrt()
-        cosines = gram / norms[0][:, None] / norms[1][None]
-        own = torch.arange(len(gram), device=gram.device)
-        share = masses / masses.sum(dim=1, keepdim=True)
-        balance = (share * (share * len(gram)).clamp_min(1e-9).log()).sum(dim=1).mean()
+    for views in zip(*assignments, strict=True):
+        columns = [normalize(view, dim=0, eps=1e-6) for view in views]
+        cosines = columns[0].T @ columns[1]
+        own = torch.arange(len(cosines), device=cosines.device)
+        balance = sum(map(cluster_entropy_regularizer, views), cosines.new_zeros(())) / 2
         losses.append(cross_entropy(cosines, own) + 2 * balance)
     return Loss(torch.stack(losses).sum())
 
