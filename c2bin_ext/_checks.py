@@ -95,10 +95,10 @@ def cluster_counts(num_clusters: Sequence[int]) -> tuple[int, ...]:
             f"num_clusters: expected one number of clusters at least, got {num_clusters!r}"
         )
     for clusters in num_clusters:
-        if isinstance(clusters, bool) or not isinstance(clusters, int):
-            raise TypeError(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
-        if clusters < 2:
-            raise ValueError(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
+        mistyped = isinstance(clusters, bool) or not isinstance(clusters, int)
+        if mistyped or clusters < 2:
+            error = TypeError if mistyped else ValueError
+            raise error(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
     return tuple(num_clusters)
 
 
