@@ -188,11 +188,11 @@ def _by_autograd(
     with torch.set_grad_enabled(wants_gradient):
         leaves = [kind.detach().requires_grad_(wants_gradient) for kind in sums]
         contrast, balance = _terms(layout, options, *leaves)
-        found: Sequence[Tensor] = ()
+        found: list[Tensor] = []
         if wants_gradient:
             # Of their sum: what the one depends on, the other does not.
-            found = torch.autograd.grad(contrast + balance, leaves, materialize_grads=True)
-            found[2].mul_(-2)
+            slopes = torch.autograd.grad(contrast + balance, leaves, materialize_grads=True)
+            found = [slope.contiguous() for slope in (*slopes[:2], -2 * slopes[2])]
     return (contrast.detach(), balance.detach()), found
 
 

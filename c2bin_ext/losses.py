@@ -45,9 +45,9 @@ class _Loss(nn.Module):
         for name, value in _checks.options(**options).items():
             setattr(self, name, value)
 
-    def options(self, *but: str) -> dict[str, Any]:
-        """Return the options by name, those in `but` left out."""
-        return {name: getattr(self, name) for name in self._names if name not in but}
+    def options(self) -> dict[str, Any]:
+        """Return the options by name."""
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
@@ -350,12 +350,8 @@ class C2BINLoss(_Loss):
             targets,
             assignments,
             target_assignments=target_assignments,
-            **self.options(*_NOT_OF_SUMS),
+            similarity=self.similarity,
+            symmetric_alignment=self.symmetric_alignment,
+            gather_distributed=self.gather_distributed,
+            validate_args=self.validate_args,
         )
-
-
-# What the sums over instances do not depend on.
-_NOT_OF_SUMS = (
-    *("cluster_weight", "entropy_weight", "temperature"),
-    *("positive_in_denominator", "symmetric", "reduction"),
-)

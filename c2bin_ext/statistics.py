@@ -118,10 +118,6 @@ class HeadStatistics(NamedTuple):
             for part in (self.layout.own(kind, head) for kind in self[:3])
         ]
 
-    def at(self, parts: Sequence[Tensor], scale: float | None) -> HeadStatistics:
-        """Return these statistics with the values of other `parts`."""
-        return HeadStatistics(*joined(parts), self.layout, self.heads, scale)
-
 
 def joined(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return grams, masses and squares of what `HeadStatistics.parts` returns."""
@@ -212,8 +208,8 @@ class BatchStatistics:
         groups = []
         for group in self.groups:
             size = 3 * len(group.layout.num_clusters)
-            groups.append(group.at(sums[:size], scale))
-            sums = sums[size:]
+            groups.append(HeadStatistics(*joined(sums[:size]), *group[3:5], scale))
+            del sums[:size]
         return BatchStatistics(cosines, count, groups)
 
     def _parts(self) -> list[Tensor]:
