@@ -136,14 +136,9 @@ class _Terms(torch.autograd.Function):
     def forward(
         ctx: Any, group: HeadStatistics, options: Contrast | None, *heads: Tensor
     ) -> tuple[Tensor, Tensor]:
-        closed = options is None or (
-            options.similarity == "cosine" and options.temperature >= _MIN_TEMPERATURE
-        )
         # What second derivatives of a total need of it.
         total = () if group.scale is None else (group.grams.clone(), *group[1:3])
-        terms, found = (_closed if closed else _by_autograd)(
-            group.layout, options, group[:3], any(ctx.needs_input_grad)
-        )
+        terms, found = _closed(group.layout, options, group[:3], any(ctx.needs_input_grad))
         ctx.save_for_backward(*heads, *found, *total)
         ctx.layout, ctx.options, ctx.scale = group.layout, options, group.scale
         ctx.set_materialize_grads(False)
@@ -181,21 +176,6 @@ class _Terms(torch.autograd.Function):
         )
 
 
-def _by_autograd(
-    layout: Layout, options: Contrast | None, sums: Sequence[Tensor], wants_gradient: bool
-) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
-    """Return both terms, and their gradients as `gradients` takes them."""
-    with torch.set_grad_enabled(wants_gradient):
-        leaves = [kind.detach().requires_grad_(wants_gradient) for kind in sums]
-        contrast, balance = _terms(layout, options, *leaves)
-        found: list[Tensor] = []
-        if wants_gradient:
-            # Of their sum: what the one depends on, the other does not.
-            slopes = torch.autograd.grad(contrast + balance, leaves, materialize_grads=True)
-            found = [slope.contiguous() for slope in (*slopes[:2], -2 * slopes[2])]
-    return (contrast.detach(), balance.detach()), found
-
-
 def _closed(
     layout: Layout, options: Contrast | None, sums: Sequence[Tensor], wants_gradient: bool
 ) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
@@ -207,7 +187,8 @@ def _closed(
     grams, masses, squares = sums
     shares, contrast, balance = _shares(layout, grams), grams.new_zeros(()), grams.new_zeros(())
     if options:
-        contrast, squares = _closed_contrast(
+        small = options.similarity == "cosine" and options.temperature >= _MIN_TEMPERATURE
+        contrast, squares = (_closed_contrast if small else _contrast_of_large)(
             layout, options, grams, squares, shares, wants_gradient
         )
     if layout.views:
@@ -272,6 +253,43 @@ def _closed_contrast(
         of_columns.append(product.sum(2))
         torch.mul(exponentials, first, out=part).mul_(seconds)
     return loss, torch.cat(_whole(of_rows, of_columns)).mul_(norms).mul_(norms)
+
+
+def _contrast_of_large(
+    layout: Layout, options: Contrast, grams: Tensor, squares: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """As `_closed_contrast`, for S of any size, head by head."""
+    norms = _inverse_norms(layout, squares) if layout.floors else squares
+    loss, slopes = grams.new_zeros(()), torch.zeros_like(squares)
+    for head, k in enumerate(layout.num_clusters):
+        logits = layout.own(grams, head)
+        logits.mul_(1 / options.temperature)
+        if layout.floors:
+            firsts, seconds = layout.own(norms, head).chunk(2)
+            logits.mul_(firsts.unsqueeze(2)).mul_(seconds.unsqueeze(1))
+        negatives = logits
+        if not options.positive_in_denominator:
+            negatives = logits.clone()
+            negatives.diagonal(0, 1, 2).fill_(-torch.inf)
+        dims = (2, 1) if options.symmetric else (2,)
+        weight = 1 / (layout.pairs * k * len(dims))
+        parts = []
+        for dim in dims:
+            sums = negatives.logsumexp(dim, keepdim=True)
+            # Subtracted cluster by cluster: both can run into the thousands.
+            gaps = sums.squeeze(dim) - logits.diagonal(0, 1, 2)
+            loss.add_(gaps.sum(), alpha=weight)
+            parts.append((negatives - sums).exp_())
+        slope = reduce(torch.Tensor.add_, parts).mul_(weight)
+        slope.diagonal(0, 1, 2).sub_(weight * len(dims))
+        if layout.floors:
+            logits.mul_(slope)
+            by_row, by_column = layout.own(slopes, head).chunk(2)
+            torch.sum(logits, 2, out=by_row)
+            torch.sum(logits, 1, out=by_column)
+            slope.mul_(firsts.unsqueeze(2)).mul_(seconds.unsqueeze(1))
+        torch.mul(slope, 1 / options.temperature, out=logits)
+    return loss, slopes.mul_(norms).mul_(norms)
 
 
 def _whole(rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
