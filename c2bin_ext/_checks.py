@@ -203,17 +203,14 @@ def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | N
 
 def sums(name: str, total: Tensor, own: Tensor) -> None:
     """Check the sums over all micro-batches, a vector like `own`."""
+    returned = "as c2bin_statistics returns"
     if not isinstance(total, Tensor):
-        raise TypeError(
-            f"{name}: expected a vector as c2bin_statistics returns, got {type(total).__name__}"
-        )
+        raise TypeError(f"{name}: expected a vector {returned}, got {type(total).__name__}")
     if total.shape != own.shape:
         raise ValueError(
-            f"{name}: expected shape {tuple(own.shape)} as c2bin_statistics returns for the same "
-            f"heads and options, got shape {tuple(total.shape)}"
+            f"{name}: expected shape {tuple(own.shape)} {returned} for the same heads and options, "
+            f"got shape {tuple(total.shape)}"
         )
     if not total.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floating-point sums as c2bin_statistics returns, got {total.dtype}"
-        )
+        raise TypeError(f"{name}: expected floating-point sums {returned}, got {total.dtype}")
     same_device(name, total, "the batch", own)

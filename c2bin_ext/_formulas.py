@@ -34,8 +34,8 @@ from c2bin_ext.statistics import (
     sums_of,
 )
 
-# In closed form exp(S) is taken without subtracting a maximum first. Cosines are at most 1, so that
-# S is at most 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
+# From here on exp(S) is taken without subtracting a maximum first. Cosines are at most 1, so that S
+# is at most 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
 _MIN_TEMPERATURE = 1 / 30
 # Entries of Gram matrices that are worked on at once: as many as a CPU's caches hold.
 _TILE = 2**17
@@ -159,8 +159,7 @@ class _Terms(torch.autograd.Function):
 
             return None, None, *differentiate(formula, heads, needed, grads)
         contrast, balance = (g if g is None or scale is None else g * scale for g in grads)
-        grams = masses = squares = None
-        factor = 1.0
+        grams, masses, squares, factor = None, None, None, 1.0
         if balance is not None and ctx.layout.views:
             masses = saved[1] * balance
         if contrast is not None and ctx.options is not None:
@@ -169,11 +168,8 @@ class _Terms(torch.autograd.Function):
                 factor = float(contrast)
             else:
                 grams, squares = grams * contrast, squares * contrast
-        return (
-            None,
-            None,
-            *gradients(ctx.layout, heads, needed, grams, masses, squares, scale=factor),
-        )
+        found = gradients(ctx.layout, heads, needed, grams, masses, squares, scale=factor)
+        return None, None, *found
 
 
 def _closed(
@@ -256,14 +252,18 @@ def _closed_contrast(
 
 
 def _contrast_of_large(
-    layout: Layout, options: Contrast, grams: Tensor, squares: Tensor, *_: Any
+    layout: Layout,
+    options: Contrast,
+    grams: Tensor,
+    squares: Tensor,
+    shares: Tensor | float,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `_closed_contrast`, for S of any size, head by head."""
     norms = _inverse_norms(layout, squares) if layout.floors else squares
     loss, slopes = grams.new_zeros(()), torch.zeros_like(squares)
     for head, k in enumerate(layout.num_clusters):
-        logits = layout.own(grams, head)
-        logits.mul_(1 / options.temperature)
+        logits = layout.own(grams, head).mul_(1 / options.temperature)
         if layout.floors:
             firsts, seconds = layout.own(norms, head).chunk(2)
             logits.mul_(firsts.unsqueeze(2)).mul_(seconds.unsqueeze(1))
@@ -271,15 +271,17 @@ def _contrast_of_large(
         if not options.positive_in_denominator:
             negatives = logits.clone()
             negatives.diagonal(0, 1, 2).fill_(-torch.inf)
-        dims = (2, 1) if options.symmetric else (2,)
-        weight = 1 / (layout.pairs * k * len(dims))
-        parts = []
+        dims = (2, 1)[: 1 + options.symmetric]
+        parts, weight = [], 1 / (layout.pairs * k * len(dims))
         for dim in dims:
             sums = negatives.logsumexp(dim, keepdim=True)
             # Subtracted cluster by cluster: both can run into the thousands.
             gaps = sums.squeeze(dim) - logits.diagonal(0, 1, 2)
             loss.add_(gaps.sum(), alpha=weight)
-            parts.append((negatives - sums).exp_())
+            if wants_gradient:
+                parts.append((negatives - sums).exp_())
+        if not wants_gradient:
+            continue
         slope = reduce(torch.Tensor.add_, parts).mul_(weight)
         slope.diagonal(0, 1, 2).sub_(weight * len(dims))
         if layout.floors:
