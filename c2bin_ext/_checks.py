@@ -33,8 +33,8 @@ def _typed(name: str, value: object, kind: Any, expected: str) -> None:
 def finite_number(name: str, value: float, *, above: float | None = None) -> float:
     """Return `value` as a float; it must be finite and >= 0, or > `above` where that is given."""
     # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
-    above_least = type(value) in (int, float) and (value >= 0 if above is None else value > above)
-    if above_least and value <= _LARGEST:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (value >= 0 if above is None else value > above) and value <= _LARGEST:
         return float(value)
     expected = f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
     _typed(name, value, (int, float), expected)
@@ -50,7 +50,7 @@ def flag(name: str, value: bool) -> bool:
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> str:
     """Return `value`, which must be one of `options`."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         _typed(name, value, str, f"one of {options}")
         raise ValueError(f"{name}: expected one of {options}, got {value!r}")
     return value
