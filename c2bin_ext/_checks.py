@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c2bin_ext._numerics import at_least_float32, is_eager
+from c2bin_ext._numerics import at_least_float32, is_eager, is_readable
 
 # A softmax in bfloat16 has rows that sum to 1 within about 0.004, and may have been cast since.
 TOLERANCE = 1e-2
@@ -32,24 +32,26 @@ def _typed(name: str, value: object, kind: Any, expected: str) -> None:
 
 def finite_number(name: str, value: float, *, above: float | None = None) -> float:
     """Return `value` as a float; it must be finite and >= 0, or > `above` where that is given."""
+    # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (value >= 0 if above is None else value > above) and value <= _LARGEST:
+        return float(value)
     expected = f"a finite number {'>= 0' if above is None else f'> {above:g}'}"
     _typed(name, value, (int, float), expected)
-    # Comparisons alone, which NaN fails: math.isfinite would break the graph of a compiled step.
-    if not (value >= 0 if above is None else value > above) or value > _LARGEST:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return float(value)
+    raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def flag(name: str, value: bool) -> bool:
     """Return `value`, which must be a bool."""
-    _typed(name, value, bool, "True or False")
+    if value is not True and value is not False:
+        _typed(name, value, bool, "True or False")
     return value
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> str:
     """Return `value`, which must be one of `options`."""
-    _typed(name, value, str, f"one of {options}")
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
+        _typed(name, value, str, f"one of {options}")
         raise ValueError(f"{name}: expected one of {options}, got {value!r}")
     return value
 
@@ -93,10 +95,10 @@ def cluster_counts(num_clusters: Sequence[int]) -> tuple[int, ...]:
             f"num_clusters: expected one number of clusters at least, got {num_clusters!r}"
         )
     for clusters in num_clusters:
-        if isinstance(clusters, bool) or not isinstance(clusters, int):
-            raise TypeError(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
-        if clusters < 2:
-            raise ValueError(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
+        mistyped = isinstance(clusters, bool) or not isinstance(clusters, int)
+        if mistyped or clusters < 2:
+            error = TypeError if mistyped else ValueError
+            raise error(f"num_clusters: expected ints >= 2, got {num_clusters!r}")
     return tuple(num_clusters)
 
 
@@ -185,13 +187,9 @@ def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | N
     is their total, if known: where it is that of rows that sum to 1, entries are not looked at.
     """
     tensors = list(assignments.values())
-    if (
-        not is_eager(*tensors)
-        or any(tensor.device.type != "cpu" or type(tensor) is not Tensor for tensor in tensors)
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    if not is_eager() or not all(map(is_readable, tensors)):
         return
-    rows = sum(map(len, tensors))
+    rows = sum(tensor.shape[0] for tensor in tensors)
     if mass is not None and abs(float(mass()) - rows) <= TOLERANCE * rows:
         return
     for name, tensor in assignments.items():
@@ -205,17 +203,14 @@ def not_logits(assignments: Mapping[str, Tensor], mass: Callable[[], Tensor] | N
 
 def sums(name: str, total: Tensor, own: Tensor) -> None:
     """Check the sums over all micro-batches, a vector like `own`."""
+    returned = "as c2bin_statistics returns"
     if not isinstance(total, Tensor):
-        raise TypeError(
-            f"{name}: expected a vector as c2bin_statistics returns, got {type(total).__name__}"
-        )
+        raise TypeError(f"{name}: expected a vector {returned}, got {type(total).__name__}")
     if total.shape != own.shape:
         raise ValueError(
-            f"{name}: expected shape {tuple(own.shape)} as c2bin_statistics returns for the same "
-            f"heads and options, got shape {tuple(total.shape)}"
+            f"{name}: expected shape {tuple(own.shape)} {returned} for the same heads and options, "
+            f"got shape {tuple(total.shape)}"
         )
     if not total.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floating-point sums as c2bin_statistics returns, got {total.dtype}"
-        )
+        raise TypeError(f"{name}: expected floating-point sums {returned}, got {total.dtype}")
     same_device(name, total, "the batch", own)

@@ -8,8 +8,9 @@ pairs share kernels, and the one matrix of exponentials becomes the gradient of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial, reduce
+import math
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,21 @@ from c2bin_ext._numerics import (
     SMALLEST_RATIO,
     differentiate,
     inverse_norm,
-    is_eager,
+    is_readable,
     wants_formula,
 )
-from c2bin_ext.statistics import BatchStatistics, Layout
+from c2bin_ext.statistics import (
+    BatchStatistics,
+    HeadStatistics,
+    Layout,
+    at_value_of,
+    gradients,
+    joined,
+    sums_of,
+)
 
-# In closed form exp(S) is taken without subtracting a maximum first. Cosines are at most 1, so that
-# S is at most 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
+# From here on exp(S) is taken without subtracting a maximum first. Cosines are at most 1, so that S
+# is at most 1/τ, and sums of exp(30) stay far inside float32, as do their inverses.
 _MIN_TEMPERATURE = 1 / 30
 # Entries of Gram matrices that are worked on at once: as many as a CPU's caches hold.
 _TILE = 2**17
@@ -54,13 +63,12 @@ def cluster_terms(
 
     Both are summed over heads; one whose sums are not there is 0.
     """
-    closed = options is None or (
-        options.similarity == "cosine" and options.temperature >= _MIN_TEMPERATURE
-    )
     terms = []
-    for *sums, layout in statistics.groups:
-        function = _Terms.apply if closed and is_eager(*sums) else _terms
-        terms.append(function(layout, options, *sums))
+    for group in statistics.groups:
+        if group.heads:
+            terms.append(_Terms.apply(group, options, *group.heads))
+        else:
+            terms.append(_terms(group.layout, options, *group[:3]))
     contrasts, balances = zip(*terms, strict=True)
     return reduce(torch.add, contrasts), reduce(torch.add, balances)
 
@@ -119,55 +127,78 @@ def _balance(layout: Layout, masses: Tensor) -> Tensor:
 
 
 class _Terms(torch.autograd.Function):
-    """`_terms` with the gradient in closed form.
+    """`_terms` of the sums of heads, which it writes into, with the gradient in closed form.
 
-    Clusters with which heads are filled up have mass, norm and S = 0. So they add nothing to H;
-    exp(S) stays 0 there too, and its sums count as 1, whose logarithm is 0.
+    The sums' gradients are taken at once, so that of all K x K matrices one is kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, layout: Layout, options: Contrast | None, *sums: Tensor
+        ctx: Any, group: HeadStatistics, options: Contrast | None, *heads: Tensor
     ) -> tuple[Tensor, Tensor]:
-        grams, masses, squares = sums
-        sizes = _sizes(layout, grams)
-        contrast = balance = grams.new_zeros(())
-        of_contrast: tuple[Tensor, ...] = ()
-        of_balance: tuple[Tensor, ...] = ()
-        if options is not None:
-            contrast, of_contrast = _closed_contrast(layout, options, grams, squares, sizes)
-        if layout.views:
-            balance, of_balance = _closed_balance(masses, sizes)
-        ctx.save_for_backward(*sums, *of_contrast, *of_balance)
-        ctx.layout, ctx.options = layout, options
+        # What second derivatives of a total need of it.
+        total = () if group.scale is None else (group.grams.clone(), *group[1:3])
+        terms, found = _closed(group.layout, options, group[:3], any(ctx.needs_input_grad))
+        ctx.save_for_backward(*heads, *found, *total)
+        ctx.layout, ctx.options, ctx.scale = group.layout, options, group.scale
         ctx.set_materialize_grads(False)
-        return contrast, balance
+        return terms
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout, options, needed = ctx.layout, ctx.options, ctx.needs_input_grad[2:]
-        sums, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        needed, scale = ctx.needs_input_grad[2:], ctx.scale
+        heads, saved = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
         if wants_formula(*grads):
-            formula = partial(_terms, layout, options)
-            return None, None, *differentiate(formula, sums, needed, grads)
-        contrast, balance = grads
-        grad_grams = grad_masses = grad_squares = None
-        if balance is not None and layout.views:
-            grad_masses = saved[-1] * balance
-        if contrast is not None and options is not None:
-            grad_grams, grad_squares = _contrast_gradients(layout, sums[0], saved, contrast)
-        return None, None, grad_grams, grad_masses, grad_squares
+
+            def formula(*heads: Tensor) -> tuple[Tensor, Tensor]:
+                sums: Sequence[Tensor] = joined(sums_of(ctx.layout, *heads))
+                if scale is not None:
+                    pairs = zip(sums, saved[3:], strict=True)
+                    sums = [at_value_of(scale * own, total) for own, total in pairs]
+                return _terms(ctx.layout, ctx.options, *sums)
+
+            return None, None, *differentiate(formula, heads, needed, grads)
+        contrast, balance = (g if g is None or scale is None else g * scale for g in grads)
+        grams, masses, squares, factor = None, None, None, 1.0
+        if balance is not None and ctx.layout.views:
+            masses = saved[1] * balance
+        if contrast is not None and ctx.options is not None:
+            grams, squares = saved[0], saved[2]
+            if is_readable(contrast):
+                factor = float(contrast)
+            else:
+                grams, squares = grams * contrast, squares * contrast
+        found = gradients(ctx.layout, heads, needed, grams, masses, squares, scale=factor)
+        return None, None, *found
 
 
-def _sizes(layout: Layout, like: Tensor) -> Tensor | int:
-    """Return K of every head, (heads, 1), or the one that all have."""
+def _closed(
+    layout: Layout, options: Contrast | None, sums: Sequence[Tensor], wants_gradient: bool
+) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
+    """Return both terms, and their gradients as `gradients` takes them.
+
+    Clusters with which heads are filled up have mass, norm and S = 0. So they add nothing to H;
+    exp(S) stays 0 there too, and its sums count as 1, whose logarithm is 0.
+    """
+    grams, masses, squares = sums
+    shares, contrast, balance = _shares(layout, grams), grams.new_zeros(()), grams.new_zeros(())
+    if options:
+        small = options.similarity == "cosine" and options.temperature >= _MIN_TEMPERATURE
+        contrast, squares = (_closed_contrast if small else _contrast_of_large)(
+            layout, options, grams, squares, shares, wants_gradient
+        )
+    if layout.views:
+        balance, masses = _closed_balance(masses, shares, wants_gradient)
+    found = (grams, masses, squares) if wants_gradient else ()
+    return (contrast, balance), found
+
+
+def _shares(layout: Layout, like: Tensor) -> Tensor | float:
+    """Return 1/K of every head, (heads, 1), or the one that all have."""
     if not layout.is_filled:
-        return layout.num_clusters[0]
-    # Filled: a copy from the host would wait for the GPU.
-    sizes = like.new_empty(len(layout.num_clusters), 1)
-    for row, k in zip(sizes.unbind(), layout.num_clusters, strict=True):
-        row.fill_(k)
-    return sizes
+        return 1 / layout.num_clusters[0]
+    # Filled in: a copy from the host would wait for the GPU.
+    return torch.cat([like.new_full((1, 1), 1 / k) for k in layout.num_clusters])
 
 
 def _closed_contrast(
@@ -175,81 +206,133 @@ def _closed_contrast(
     options: Contrast,
     grams: Tensor,
     squares: Tensor,
-    sizes: Tensor | int,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the loss and what its gradient needs."""
-    norms = _inverse_norms(layout, squares)
-    firsts, seconds = norms.chunk(2)
-    firsts = firsts / options.temperature
-    exponentials = torch.empty_like(grams)
-    by_row, by_column = [], []
-    for start, gram, first, part in _tiles(grams, firsts, exponentials):
-        torch.mul(gram, first.unsqueeze(3), out=part).mul_(seconds.unsqueeze(2))
-        for block in layout.blocks(part) if layout.is_filled else [part]:
-            block.exp_()
-        if not options.positive_in_denominator:
-            part.diagonal(start, 2, 3).zero_()
-        by_row.append(part.sum(3))
-        by_column.append(part.sum(2) if options.symmetric else by_row[-1])
-    rows = torch.cat(by_row, 2)
-    columns = reduce(torch.add, by_column) if options.symmetric else rows
-    if layout.is_filled:
-        rows, columns = (torch.threshold(sums, 0, 1) for sums in (rows, columns))
-    # Half of the mean over clusters and pairs, for each direction.
-    weight = 0.5 / (layout.pairs * sizes)
-    positive = grams.diagonal(0, 2, 3) * firsts * seconds
-    loss = (rows * columns).log_().sub_(positive, alpha=2).mul_(weight).sum()
-    # dL/dS is softmax over rows (and over columns) minus the identity.
-    row_weights, column_weights = weight / rows, weight / columns
-    if not options.symmetric:
-        row_weights, column_weights = row_weights.mul_(2), column_weights.zero_()
-    at_positive = (firsts * seconds).mul_(2 * weight)
-    return loss, (exponentials, row_weights, column_weights, at_positive, norms, firsts)
-
-
-def _contrast_gradients(
-    layout: Layout, grams: Tensor, saved: Sequence[Tensor], grad: Tensor
+    shares: Tensor | float,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the Gram matrices and of the squared norms."""
-    exponentials, row_weights, column_weights, at_positive, norms, firsts = saved[:6]
-    seconds = norms[layout.pairs :] * grad
-    # S_kj is the Gram matrix times f_k s_j, inverse norms over τ, and so dL/dS_kj times f_k s_j its
-    # gradient.
-    row_weights, column_weights = row_weights * firsts, column_weights * seconds
-    at_positive = at_positive * grad
-    grad_grams = torch.empty_like(grams)
-    by_row, by_column = [], []
-    for start, gram, first, exponential, at_row, own, part in _tiles(
-        grams, firsts, exponentials, row_weights, at_positive, grad_grams
-    ):
-        torch.mul(at_row.unsqueeze(3), seconds.unsqueeze(2), out=part)
-        part.addcmul_(first.unsqueeze(3), column_weights.unsqueeze(2)).mul_(exponential)
-        part.diagonal(start, 2, 3).sub_(own)
-        # Through the norms: S falls with ‖c‖, and Σ_j dL/dS_kj S_kj is what a Gram matrix times
-        # its gradient sums up to.
-        product = part * gram
-        by_row.append(product.sum(3))
-        by_column.append(product.sum(2))
-    grad_squares = torch.cat([torch.cat(by_row, 2), reduce(torch.add, by_column)])
-    return grad_grams, grad_squares.mul_(norms).mul_(norms).mul_(-0.5)
+    """Return the loss and -2 times its gradient by squared norms; write that by Gram matrices."""
+    norms, pairs = _inverse_norms(layout, squares), layout.pairs
+    firsts, seconds = norms.split_with_sizes([pairs, pairs])
+    # S_kj is the Gram matrix times f_k s_j, inverse norms over τ.
+    firsts, seconds = (firsts * (1 / options.temperature)).unsqueeze(3), seconds.unsqueeze(2)
+    of_rows: list[Tensor] = []
+    of_columns: list[Tensor] = []
+    tiles = _tiles(grams, firsts)
+    scratch = torch.empty_like(tiles[0][1]), torch.empty_like(tiles[0][1])
+    for start, part, first in tiles:
+        exponentials = scratch[0].narrow(2, 0, part.shape[2])
+        _exponentials(layout, options, part.mul_(first).mul_(seconds), start, exponentials)
+        of_rows.append(exponentials.sum(3))
+        if options.symmetric:
+            of_columns.append(exponentials.sum(2))
+    sums = torch.stack(_whole(of_rows, of_columns))
+    if layout.is_filled:
+        torch.threshold_(sums, 0, 1)
+    # The mean over clusters, pairs and directions.
+    weight = shares * (1 / (pairs * len(sums)))
+    loss = sums.log().sub_(grams.diagonal(0, 2, 3)).mul_(weight).sum()
+    if not wants_gradient:
+        return loss, squares
+    # dL/dS is softmax over rows (and over columns) minus the identity.
+    by_row, *by_column = (weight / sums).unbind()
+    tiles = _tiles(grams, firsts, by_row.unsqueeze(3))
+    of_rows, of_columns = [], []
+    for start, part, first, factor in tiles:
+        exponentials, product = (array.narrow(2, 0, part.shape[2]) for array in scratch)
+        if len(tiles) > 1:
+            _exponentials(layout, options, part, start, exponentials)
+        for column in by_column:
+            factor = torch.add(factor, column.unsqueeze(2), out=product)
+        exponentials.mul_(factor).diagonal(start, 2, 3).sub_(weight, alpha=len(sums))
+        # Through the norms: S falls with ‖c‖.
+        torch.mul(part, exponentials, out=product)
+        of_rows.append(product.sum(3))
+        of_columns.append(product.sum(2))
+        torch.mul(exponentials, first, out=part).mul_(seconds)
+    return loss, torch.cat(_whole(of_rows, of_columns)).mul_(norms).mul_(norms)
 
 
-def _tiles(*arrays: Tensor) -> Iterable[Any]:
+def _contrast_of_large(
+    layout: Layout,
+    options: Contrast,
+    grams: Tensor,
+    squares: Tensor,
+    shares: Tensor | float,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_closed_contrast`, for S of any size, head by head."""
+    norms = _inverse_norms(layout, squares) if layout.floors else squares
+    loss, slopes = grams.new_zeros(()), torch.zeros_like(squares)
+    for head, k in enumerate(layout.num_clusters):
+        logits = layout.own(grams, head).mul_(1 / options.temperature)
+        if layout.floors:
+            firsts, seconds = layout.own(norms, head).chunk(2)
+            logits.mul_(firsts.unsqueeze(2)).mul_(seconds.unsqueeze(1))
+        negatives = logits
+        if not options.positive_in_denominator:
+            negatives = logits.clone()
+            negatives.diagonal(0, 1, 2).fill_(-torch.inf)
+        dims = (2, 1)[: 1 + options.symmetric]
+        parts, weight = [], 1 / (layout.pairs * k * len(dims))
+        for dim in dims:
+            sums = negatives.logsumexp(dim, keepdim=True)
+            # Subtracted cluster by cluster: both can run into the thousands.
+            gaps = sums.squeeze(dim) - logits.diagonal(0, 1, 2)
+            loss.add_(gaps.sum(), alpha=weight)
+            if wants_gradient:
+                parts.append((negatives - sums).exp_())
+        if not wants_gradient:
+            continue
+        slope = reduce(torch.Tensor.add_, parts).mul_(weight)
+        slope.diagonal(0, 1, 2).sub_(weight * len(dims))
+        if layout.floors:
+            logits.mul_(slope)
+            by_row, by_column = layout.own(slopes, head).chunk(2)
+            torch.sum(logits, 2, out=by_row)
+            torch.sum(logits, 1, out=by_column)
+            slope.mul_(firsts.unsqueeze(2)).mul_(seconds.unsqueeze(1))
+        torch.mul(slope, 1 / options.temperature, out=logits)
+    return loss, slopes.mul_(norms).mul_(norms)
+
+
+def _whole(rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
+    """Return sums over rows and over columns of all tiles, the latter if there are any."""
+    whole = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
+    return [whole, reduce(torch.add, columns)] if columns else [whole]
+
+
+def _exponentials(
+    layout: Layout, options: Contrast, logits: Tensor, start: int, out: Tensor
+) -> None:
+    """Write exp(S) of the rows from `start` on, 0 for what heads are filled up with."""
+    if layout.is_filled:
+        out.copy_(logits)
+        for block in layout.parts(out):
+            block.exp_()
+    else:
+        torch.exp(logits, out=out)
+    if not options.positive_in_denominator:
+        out.diagonal(start, 2, 3).zero_()
+
+
+def _tiles(*arrays: Tensor) -> list[Any]:
     """Split (pairs, heads, K, …) arrays into rows to work on at once, each with its first row."""
     pairs, heads, k = arrays[0].shape[:3]
     rows = max(1, _TILE // (pairs * k))
     if rows >= k or heads > 1 or arrays[0].device.type != "cpu":
         return [(0, *arrays)]
-    return zip(range(0, k, rows), *(torch.split(array, rows, 2) for array in arrays), strict=True)
+    split = (torch.split(array, rows, 2) for array in arrays)
+    return list(zip(range(0, k, rows), *split, strict=True))
 
 
-def _closed_balance(masses: Tensor, sizes: Tensor | int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _closed_balance(
+    masses: Tensor, shares: Tensor | float, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
     """Return the loss and its gradient."""
     total = torch.threshold(masses.sum(dim=2, keepdim=True), SMALLEST_MASS, torch.inf)
     share = masses / total
-    ratio = share * sizes
-    floored = ratio.clamp_min(SMALLEST_RATIO)
-    log = floored.log()
+    ratio = share / shares
+    # Below, the derivative is that of a constant logarithm, 1 less.
+    log = torch.threshold(ratio, SMALLEST_RATIO, SMALLEST_RATIO / math.e).log_()
     gap = (share * log).sum(dim=2, keepdim=True)
-    slope = torch.addcdiv(log, ratio, floored).sub_(gap + 1).div_(total * len(masses))
-    return gap.clamp_min(0).sum() / len(masses), (slope,)
+    loss = gap.clamp_min(0).sum() * (1 / len(masses))
+    return loss, log.sub_(gap).div_(total * len(masses)) if wants_gradient else log

@@ -26,6 +26,9 @@ SMALLEST_MASS = 1e-12
 # autocast knows no meta device, and none of Apple's before torch 2.5.
 _WITHOUT_AUTOCAST = {"meta"} | ({"mps"} if torch.__version__ < "2.5" else set())
 
+# torch._C._functorch.is_legacy_batchedtensor is younger than torch 2.2.
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
 # The public name is younger than torch 2.2, the oldest release served.
 is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
@@ -82,6 +85,12 @@ def is_eager(*tensors: Tensor) -> bool:
     )
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Tell whether reading values waits for nothing, and there are some: not in fake tensors."""
+    plain = tensor.is_cpu and type(tensor) is Tensor
+    return plain and not torch._C._len_torch_dispatch_stack()
+
+
 def _tangent(tensor: Tensor) -> Tensor | None:
     tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
     return tangent
@@ -92,10 +101,8 @@ def wants_formula(*grads: Tensor | None) -> bool:
 
     The first is that of `create_graph=True`, the second that of `is_grads_batched=True`.
     """
-    # torch._C._functorch.is_legacy_batchedtensor is younger than torch 2.2.
-    key: Any = torch._C._parse_dispatch_key("Batched")
     return torch.is_grad_enabled() or any(
-        grad is not None and torch._C._dispatch_keys(grad).has(key) for grad in grads
+        grad is not None and torch._C._dispatch_keys(grad).has(_BATCHED) for grad in grads
     )
 
 

@@ -21,7 +21,7 @@ Contrasting Clusters While Bootstrapping Instances", submitted to ICLR 2021.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ class C2BINLossOutput(NamedTuple):
     Attributes:
         loss: `alignment + λ_clust (contrast + λ_ent entropy)`, what to minimise.
         alignment: Eq. 1, averaged over the directions in use.
-        contrast: Eq. 4, summed over scales.
-        entropy: `log K - H` of Eq. 5, summed over scales and averaged over the two views.
+        contrast: as in `ClusterLossOutput`.
+        entropy: as in `ClusterLossOutput`.
     """
 
     loss: Tensor
@@ -113,7 +113,7 @@ def bootstrap_alignment_loss(
 
     Source: C2BIN, section 3.2, after Grill et al., "Bootstrap your own latent", 2020.
     """
-    _check_embeddings("prediction", prediction, "target", target, validate_args)
+    _check_embeddings(("prediction", prediction), ("target", target), validate_args)
     sums = BatchStatistics.of([(prediction, target)])
     return _formulas.alignment(_total(sums, gather_distributed))
 
@@ -204,14 +204,14 @@ def bca_contrastive_loss(
 
     Source: C2BIN, section 3.3.
     """
-    options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
+    options = _contrast(temperature, similarity, positive_in_denominator, symmetric)
     _check_assignments("assignments0", assignments0, validate_args)
     _check_assignments("assignments1", assignments1, validate_args)
     _checks.same_shape("assignments1", assignments1, "assignments0", assignments0)
     views = {"assignments0": assignments0, "assignments1": assignments1}
     _checks.not_logits(views)
     heads = [[view] for view in views.values()]
-    sums = BatchStatistics.of(views=heads, contrast=similarity, balance=False)
+    sums = BatchStatistics.of(views=heads, contrast=similarity, balance=False, closed_form=True)
     total = _total(sums, gather_distributed)
     return _formulas.cluster_terms(total, options)[0]
 
@@ -284,10 +284,11 @@ def cluster_entropy_regularizer(
     """
     _checks.options(reduction=reduction)
     _check_assignments("assignments", assignments, validate_args)
-    sums = BatchStatistics.of(views=[[assignments]])
+    sums = BatchStatistics.of(views=[[assignments]], closed_form=True)
     _checks.not_logits({"assignments": assignments}, sums.mass)
     total = _total(sums, gather_distributed)
-    return _reduced(_formulas.cluster_terms(total)[1], total, reduction)
+    entropy = _formulas.cluster_terms(total)[1]
+    return entropy * total.count if reduction == "sum" else entropy
 
 
 def multi_scale_cluster_loss(
@@ -341,7 +342,7 @@ def multi_scale_cluster_loss(
     Source: C2BIN, sections 3.3 and 3.4.
     """
     _checks.options(entropy_weight=entropy_weight, reduction=reduction)
-    options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
+    options = _contrast(temperature, similarity, positive_in_denominator, symmetric)
     sums = _batch(assignments, target_assignments, similarity, validate_args)
     total = _total(sums, gather_distributed)
     return _cluster_terms(total, options, entropy_weight, reduction)
@@ -376,16 +377,11 @@ def c2bin_loss(
             and p1 with z0.
         assignments: (heads of view 0, heads of view 1), see `multi_scale_cluster_loss`.
         cluster_weight: λ_clust >= 0.
-        entropy_weight: λ_ent >= 0.
-        temperature, similarity, positive_in_denominator, symmetric: see `bca_contrastive_loss`.
         symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
             the first, as printed, and p1 and z0 are not read.
-        reduction: see `cluster_entropy_regularizer`.
-        gather_distributed: the exact loss and gradient of the global batch of all ranks, with one
-            all-reduce for all terms together, see `multi_scale_cluster_loss`.
-        validate_args: check that values are finite and rows of assignments sum to 1; waits for
-            the GPU.
-        target_assignments: contrast with the follower's, see `multi_scale_cluster_loss`.
+        entropy_weight, temperature, similarity: see `multi_scale_cluster_loss`.
+        positive_in_denominator, symmetric, reduction, target_assignments: likewise.
+        gather_distributed, validate_args: likewise; still one all-reduce for all terms together.
         statistics: the sum of `c2bin_statistics` over the micro-batches of a batch. The loss is
             then that of the batch, and the gradients of its micro-batches add up to that of the
             batch.
@@ -395,9 +391,8 @@ def c2bin_loss(
         scales, and no weight is applied to the last three.
 
     Raises:
-        TypeError: something is not a floating-point tensor, no pair, or an option of wrong type.
-        ValueError: shapes, devices or numbers of heads that do not fit, values < 0 of assignments
-            on the CPU (logits), an unknown option, τ <= 0, or a weight < 0.
+        TypeError, ValueError: as `multi_scale_cluster_loss`, and likewise for predictions, targets
+            and λ_clust.
 
     Examples:
         >>> import torch
@@ -411,7 +406,7 @@ def c2bin_loss(
     """
     weights = {"cluster_weight": cluster_weight, "entropy_weight": entropy_weight}
     _checks.options(**weights, symmetric_alignment=symmetric_alignment, reduction=reduction)
-    options = _contrast_options(temperature, similarity, positive_in_denominator, symmetric)
+    options = _contrast(temperature, similarity, positive_in_denominator, symmetric)
     aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
     sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
     total = _total(sums, gather_distributed, statistics, validate_args)
@@ -456,40 +451,28 @@ def c2bin_statistics(
         >>> import torch
         >>> from c2bin_ext.functional import c2bin_loss, c2bin_statistics
         >>> def outputs(rows):  # of a network, for some of the rows of a batch
-        ...     features = torch.eye(6)[rows]
-        ...     heads = (features.softmax(dim=1),)
-        ...     return (features, features), (features, features), (heads, heads)
+        ...     views = (torch.eye(6)[rows],) * 2
+        ...     return views, views, [[view.softmax(dim=1)] for view in views]
         >>> micro_batches = [[0, 1], [2, 3], [4, 5]]
         >>> total = sum(c2bin_statistics(*outputs(rows)) for rows in micro_batches)
         >>> part = c2bin_loss(*outputs(micro_batches[0]), statistics=total)
-        >>> whole = c2bin_loss(*outputs([0, 1, 2, 3, 4, 5]))
-        >>> torch.allclose(part.loss, whole.loss)
+        >>> torch.allclose(part.loss, c2bin_loss(*outputs([0, 1, 2, 3, 4, 5])).loss)
         True
 
     Source: C2BIN, Eq. 1, 4 and 5; two passes as in Gao et al., "Scaling deep contrastive learning
     batch size under memory limited setup", 2021, which caches features where sums suffice here.
     """
-    _checks.options(symmetric_alignment=symmetric_alignment)
-    _contrast_options(similarity=similarity)
+    _checks.options(symmetric_alignment=symmetric_alignment, similarity=similarity)
     with torch.no_grad():
         aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
         sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
         return _total(sums, gather_distributed).flat()
 
 
-def _contrast_options(
-    temperature: float = 1.0,
-    similarity: str = "cosine",
-    positive_in_denominator: bool = True,
-    symmetric: bool = True,
-) -> _formulas.Contrast:
-    _checks.options(
-        temperature=temperature,
-        similarity=similarity,
-        positive_in_denominator=positive_in_denominator,
-        symmetric=symmetric,
-    )
-    return _formulas.Contrast(temperature, similarity, positive_in_denominator, symmetric)
+def _contrast(*given: Any) -> _formulas.Contrast:
+    options = _formulas.Contrast(*given)
+    _checks.options(**options._asdict())
+    return options
 
 
 def _batch(
@@ -500,24 +483,25 @@ def _batch(
     aligned: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> BatchStatistics:
     """Return the sums over the instances at hand, of heads that are checked here."""
-    named = _check_heads("assignments", assignments, validate_args)
+    named, fixed = _check_heads("assignments", assignments, validate_args), {}
     like = ("predictions[0]", aligned[0][0]) if aligned else next(iter(named.items()))
-    fixed: Heads = ()
-    fixed_named: dict[str, Tensor] = {}
     if target_assignments is not None:
-        fixed = target_assignments
-        fixed_named = _check_heads("target_assignments", fixed, validate_args)
-        clusters, wanted = ([head.shape[1] for head in pair[0]] for pair in (fixed, assignments))
-        if clusters != wanted:
+        fixed = _check_heads("target_assignments", target_assignments, validate_args)
+        given, wanted = (
+            [head.shape[1] for head in heads[0]] for heads in (target_assignments, assignments)
+        )
+        if given != wanted:
             raise ValueError(
                 f"target_assignments: expected heads of {wanted} clusters as assignments has, "
-                f"got {clusters}"
+                f"got {given}"
             )
-    for name, tensor in {**named, **fixed_named}.items():
+    for name, tensor in (named | fixed).items():
         _checks.same_rows(name, tensor, *like)
-    sums = BatchStatistics.of(aligned, assignments, fixed, contrast=similarity)
+    sums = BatchStatistics.of(
+        aligned, assignments, target_assignments or (), contrast=similarity, closed_form=True
+    )
     _checks.not_logits(named, sums.mass)
-    _checks.not_logits(fixed_named)
+    _checks.not_logits(fixed)
     return sums
 
 
@@ -531,36 +515,32 @@ def _total(
     _checks.options(gather_distributed=gather_distributed)
     spans_ranks = gather_distributed and world_size() > 1
     if statistics is None:
-        return own.at(*sum_over_ranks([own.flat()])) if spans_ranks else own
+        return own.at(sum_over_ranks([own.flat()])[0], world_size()) if spans_ranks else own
     flat = own.flat()
     _checks.sums("statistics", statistics, flat)
     if validate_args:
         _checks.validate_finite("statistics", statistics)
     # The W equal losses of the ranks, which DDP averages, as in `sum_over_ranks`.
-    flat = flat * world_size() if spans_ranks else flat
-    return own.at(at_value_of(flat, statistics.to(flat.dtype)))
+    scale = world_size() if spans_ranks else 1
+    return own.at(at_value_of(flat * scale, statistics.to(flat.dtype)), scale)
 
 
 def _cluster_terms(
     sums: BatchStatistics, options: _formulas.Contrast, entropy_weight: float, reduction: str
 ) -> ClusterLossOutput:
     contrast, entropy = _formulas.cluster_terms(sums, options)
-    entropy = _reduced(entropy, sums, reduction)
+    entropy = entropy * sums.count if reduction == "sum" else entropy
     return ClusterLossOutput(torch.add(contrast, entropy, alpha=entropy_weight), contrast, entropy)
 
 
-def _reduced(entropy: Tensor, sums: BatchStatistics, reduction: str) -> Tensor:
-    return entropy * sums.count if reduction == "sum" else entropy
-
-
 def _check_embeddings(
-    name0: str, prediction: Tensor, name1: str, target: Tensor, validate_args: bool
+    prediction: tuple[str, Tensor], target: tuple[str, Tensor], validate_args: bool
 ) -> None:
-    for name, tensor in ((name0, prediction), (name1, target)):
-        _checks.matrix(name, tensor, "(n, d)")
+    for named in (prediction, target):
+        _checks.matrix(*named, "(n, d)")
         if _checks.flag("validate_args", validate_args):
-            _checks.validate_finite(name, tensor)
-    _checks.same_shape(name1, target, name0, prediction)
+            _checks.validate_finite(*named)
+    _checks.same_shape(*target, *prediction)
 
 
 def _check_assignments(name: str, assignments: Tensor, validate_args: bool) -> None:
@@ -578,18 +558,13 @@ def _aligned(
     """Return the pairs (prediction, target of the other view) that Eq. 1 compares."""
     _checks.pair("predictions", predictions, "(p0, p1)")
     _checks.pair("targets", targets, "(z0, z1)")
-    directions = (0, 1) if symmetric_alignment else (0,)
-    for view in directions:
-        _check_embeddings(
-            f"predictions[{view}]",
-            predictions[view],
-            f"targets[{1 - view}]",
-            targets[1 - view],
-            validate_args,
-        )
+    found = list(zip(predictions, reversed(targets), strict=True))[: 1 + symmetric_alignment]
+    for view, (prediction, target) in enumerate(found):
+        named = (f"predictions[{view}]", prediction), (f"targets[{1 - view}]", target)
+        _check_embeddings(*named, validate_args)
     if symmetric_alignment:
         _checks.same_shape("predictions[1]", predictions[1], "predictions[0]", predictions[0])
-    return [(predictions[view], targets[1 - view]) for view in directions]
+    return found
 
 
 def _check_heads(argument: str, assignments: Heads, validate_args: bool) -> dict[str, Tensor]:

@@ -25,6 +25,15 @@ __all__ = [
 class _Loss(nn.Module):
     """Options as attributes, read at every call, so that a schedule may set them."""
 
+    # Of which every loss has those that its constructor names.
+    cluster_weight: float
+    entropy_weight: float
+    temperature: float
+    similarity: str
+    positive_in_denominator: bool
+    symmetric: bool
+    symmetric_alignment: bool
+    reduction: str
     gather_distributed: bool
     validate_args: bool
 
@@ -36,9 +45,9 @@ class _Loss(nn.Module):
         for name, value in _checks.options(**options).items():
             setattr(self, name, value)
 
-    def options(self, *but: str) -> dict[str, Any]:
-        """Return the options by name, those in `but` left out."""
-        return {name: getattr(self, name) for name in self._names if name not in but}
+    def options(self) -> dict[str, Any]:
+        """Return the options by name."""
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
@@ -51,16 +60,13 @@ class BootstrapAlignmentLoss(_Loss):
     targets are detached inside.
 
     Args:
-        gather_distributed: average over the instances of all ranks; matters only where ranks hold
-            different numbers of instances.
-        validate_args: check that all values are finite; waits for the GPU.
+        gather_distributed, validate_args: see `functional.bootstrap_alignment_loss`.
 
     Returns:
         Called with `prediction` (n, d) and `target` (n, d): a 0-dim loss in [0, 2].
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: at the call, shapes or devices that do not fit.
+        TypeError, ValueError: as `functional.bootstrap_alignment_loss`.
 
     Examples:
         >>> import torch
@@ -86,22 +92,14 @@ class BCAContrastiveLoss(_Loss):
     where the columns of C' and C'' are the BCAs of the two views.
 
     Args:
-        temperature: τ > 0.
-        similarity: `"cosine"` divides every column by its norm over the batch; `"dot"` is the
-            formula as printed.
-        positive_in_denominator: whether `D(k)` holds k; the printed indicator leaves it out.
-        symmetric: average both directions; otherwise only view 0 to view 1, as printed.
-        gather_distributed: contrast the columns of the global batch, over all ranks. The loss and,
-            after DDP's averaging, the gradient are those of one process on the whole batch.
-        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        temperature, similarity, positive_in_denominator: see `functional.bca_contrastive_loss`.
+        symmetric, gather_distributed, validate_args: likewise.
 
     Returns:
         Called with `assignments0` (n, K) and `assignments1` (n, K): a 0-dim loss.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: τ <= 0 or an unknown option; at the call, shapes or devices that do not fit, or
-            values < 0 on the CPU (logits).
+        TypeError, ValueError: as `functional.bca_contrastive_loss`.
 
     Examples:
         >>> import torch
@@ -112,11 +110,6 @@ class BCAContrastiveLoss(_Loss):
 
     Source: C2BIN, section 3.3; `functional.bca_contrastive_loss`.
     """
-
-    temperature: float
-    similarity: str
-    positive_in_denominator: bool
-    symmetric: bool
 
     def __init__(
         self,
@@ -140,18 +133,13 @@ class ClusterEntropyRegularizer(_Loss):
     clusters are balanced and log K when one holds everything; its gradient is that of -H.
 
     Args:
-        reduction: `"mean"` takes the entropy of the shares ŝ; `"sum"` multiplies by the number of
-            instances n, as the raw masses of the printed formula do.
-        gather_distributed: balance clusters over the global batch of all ranks.
-        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        reduction, gather_distributed, validate_args: see `functional.cluster_entropy_regularizer`.
 
     Returns:
         Called with `assignments` (n, K): a 0-dim loss.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an unknown reduction; at the call, shapes that do not fit, or values < 0 on the
-            CPU (logits).
+        TypeError, ValueError: as `functional.cluster_entropy_regularizer`.
 
     Examples:
         >>> import torch
@@ -161,8 +149,6 @@ class ClusterEntropyRegularizer(_Loss):
 
     Source: C2BIN, section 3.3; `functional.cluster_entropy_regularizer`.
     """
-
-    reduction: str
 
     def __init__(
         self,
@@ -182,12 +168,9 @@ class MultiScaleClusterLoss(_Loss):
     Formula: `L_clust = Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
 
     Args:
-        entropy_weight: λ_ent >= 0.
-        temperature, similarity, positive_in_denominator, symmetric: see `BCAContrastiveLoss`.
-        reduction: see `ClusterEntropyRegularizer`.
-        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
-            global batch over all ranks, with one all-reduce.
-        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
+        entropy_weight, temperature, similarity: see `functional.multi_scale_cluster_loss`.
+        positive_in_denominator, symmetric, reduction: likewise.
+        gather_distributed, validate_args: likewise.
 
     Returns:
         Called with `assignments` (heads of view 0, heads of view 1), each a sequence of (n, K):
@@ -196,9 +179,7 @@ class MultiScaleClusterLoss(_Loss):
         contrasted with the follower's other view, which gets no gradient.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: τ <= 0, λ_ent < 0, an unknown option; at the call, shapes, devices or numbers of
-            heads that do not fit, or values < 0 on the CPU (logits).
+        TypeError, ValueError: as `functional.multi_scale_cluster_loss`.
 
     Examples:
         >>> import torch
@@ -209,13 +190,6 @@ class MultiScaleClusterLoss(_Loss):
 
     Source: C2BIN, sections 3.3 and 3.4; `functional.multi_scale_cluster_loss`.
     """
-
-    entropy_weight: float
-    temperature: float
-    similarity: str
-    positive_in_denominator: bool
-    symmetric: bool
-    reduction: str
 
     def __init__(
         self,
@@ -246,16 +220,9 @@ class C2BINLoss(_Loss):
     Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
 
     Args:
-        cluster_weight: λ_clust >= 0.
-        entropy_weight: λ_ent >= 0.
-        temperature, similarity, positive_in_denominator, symmetric: see `BCAContrastiveLoss`.
-        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
-            the first, as printed, and p1 and z0 are not read.
-        reduction: see `ClusterEntropyRegularizer`.
-        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
-            global batch over all ranks, with one all-reduce.
-        validate_args: check that values are finite and rows of assignments sum to 1; waits for
-            the GPU.
+        cluster_weight, entropy_weight, temperature, similarity: see `functional.c2bin_loss`.
+        positive_in_denominator, symmetric, symmetric_alignment, reduction: likewise.
+        gather_distributed, validate_args: likewise.
 
     Returns:
         Called with `predictions` (p0, p1), `targets` (z0, z1), each (n, d), and `assignments`
@@ -265,9 +232,7 @@ class C2BINLoss(_Loss):
         micro-batches: see the method of that name.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: τ <= 0, a weight < 0, an unknown option; at the call, shapes, devices or
-            numbers of heads that do not fit, or assignments < 0 on the CPU (logits).
+        TypeError, ValueError: as `functional.c2bin_loss`.
 
     Examples:
         >>> import torch
@@ -286,15 +251,6 @@ class C2BINLoss(_Loss):
     Source: C2BIN, sections 3.3 to 3.5; `functional.c2bin_loss`. The defaults are measured, see
     `docs/explanation/defaults.md`.
     """
-
-    cluster_weight: float
-    entropy_weight: float
-    temperature: float
-    similarity: str
-    positive_in_denominator: bool
-    symmetric: bool
-    symmetric_alignment: bool
-    reduction: str
 
     def __init__(
         self,
@@ -394,12 +350,8 @@ class C2BINLoss(_Loss):
             targets,
             assignments,
             target_assignments=target_assignments,
-            **self.options(*_NOT_OF_SUMS),
+            similarity=self.similarity,
+            symmetric_alignment=self.symmetric_alignment,
+            gather_distributed=self.gather_distributed,
+            validate_args=self.validate_args,
         )
-
-
-# What the sums over instances do not depend on.
-_NOT_OF_SUMS = (
-    *("cluster_weight", "entropy_weight", "temperature"),
-    *("positive_in_denominator", "symmetric", "reduction"),
-)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
-from typing import Any, NamedTuple
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from torch.nn.functional import pad
 
 from c2bin_ext._numerics import (
     at_least_float32,
-    differentiate,
     is_eager,
     smallest_square,
     unit_rows,
-    wants_formula,
     without_autocast,
 )
 
@@ -80,17 +78,14 @@ class Layout(NamedTuple):
             own = own.narrow(dim, 0, self.num_clusters[head])
         return own
 
-    def rows(self, sums: Tensor) -> Sequence[Tensor]:
-        """Return views of the masses, or of the squares, of each view and head."""
-        most = sums.shape[-1]
-        sizes = [size for k in self.num_clusters for size in (k, most - k)]
-        return sums.reshape(-1).split_with_sizes(sizes * len(sums))[::2]
-
-    def blocks(self, grams: Tensor) -> list[Tensor]:
-        """Return views of the Gram matrices of each pair and head."""
-        blocks = grams.flatten(0, 1).unbind()
-        sizes = self.num_clusters * self.pairs
-        return [block[:k, :k] for block, k in zip(blocks, sizes, strict=True)]
+    def parts(self, sums: Tensor) -> list[Tensor]:
+        """Return what is each head's own, view by view or pair by pair, of sums without graph."""
+        each, *shape = sums.shape
+        strides, start, views = sums.stride(), sums.storage_offset(), []
+        for k in self.num_clusters * each:
+            views.append(sums.as_strided((k,) * (len(shape) - 1), strides[2:], start))
+            start += strides[1]
+        return views
 
 
 class HeadStatistics(NamedTuple):
@@ -103,12 +98,17 @@ class HeadStatistics(NamedTuple):
         masses: `Σ_i P[i, k]` of the runner's views, (views, heads, K).
         squares: `‖c_k‖²` of the firsts of the pairs, then of the seconds, (2 pairs, heads, K).
         layout: which sums these are.
+        heads: the assignments, view by view, whose gradient the formulas then write in closed form;
+            none where autograd follows the sums.
+        scale: what the sums' gradient is multiplied with, if the values are those of a total.
     """
 
     grams: Tensor
     masses: Tensor
     squares: Tensor
     layout: Layout
+    heads: tuple[Tensor, ...] = ()
+    scale: float | None = None
 
     def parts(self) -> list[Tensor]:
         """Return views of the sums of each head alone: of every head those of each kind."""
@@ -118,13 +118,13 @@ class HeadStatistics(NamedTuple):
             for part in (self.layout.own(kind, head) for kind in self[:3])
         ]
 
-    @classmethod
-    def joined(cls, parts: Sequence[Tensor], layout: Layout) -> HeadStatistics:
-        """Make statistics of what `parts` returns."""
-        most = max(layout.num_clusters)
-        padded = [pad(part, [0, most - part.shape[-1]] * (part.ndim - 1)) for part in parts]
-        grams, masses, squares = (torch.stack(padded[kind::3], dim=1) for kind in range(3))
-        return cls(grams, masses, squares, layout)
+
+def joined(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return grams, masses and squares of what `HeadStatistics.parts` returns."""
+    most = max(part.shape[-1] for part in parts)
+    padded = [pad(part, [0, most - part.shape[-1]] * (part.ndim - 1)) for part in parts]
+    grams, masses, squares = (torch.stack(padded[kind::3], dim=1) for kind in range(3))
+    return grams, masses, squares
 
 
 @dataclass
@@ -150,6 +150,7 @@ class BatchStatistics:
         *,
         contrast: str = "",
         balance: bool = True,
+        closed_form: bool = False,
     ) -> BatchStatistics:
         """Sum over the instances at hand.
 
@@ -160,9 +161,12 @@ class BatchStatistics:
                 contrasted with the follower's other one instead of with the runner's.
             contrast: `"cosine"`, `"dot"`, or nothing, for masses alone.
             balance: whether to sum the masses of the runner's views.
+            closed_form: leave the gradient of the heads to `_formulas.cluster_terms`, which has it
+                in closed form. Compiled, under `torch.func` and in forward mode autograd follows
+                the sums all the same.
 
         Returns:
-            The sums, with the gradient of the assignments and of the predictions.
+            The sums, with the gradient of predictions and, unless `closed_form`, of assignments.
         """
         cosines = [_cosine_sum(prediction, target) for prediction, target in aligned]
         everyone = [*views, *([head.detach() for head in view] for view in reversed(fixed))]
@@ -181,6 +185,7 @@ class BatchStatistics:
                     views=len(views) if balance else 0,
                     pairs=len(everyone) // 2 if contrast else 0,
                     floors=floors if contrast == "cosine" else (),
+                    closed_form=closed_form,
                 )
                 for heads in groups
             ],
@@ -194,8 +199,11 @@ class BatchStatistics:
         """Return all sums in one vector, which ranks and micro-batches add up."""
         return torch.cat([part.reshape(-1) for part in self._parts()])
 
-    def at(self, total: Tensor) -> BatchStatistics:
-        """Return these statistics with the sums of `total`, a vector as `flat` returns."""
+    def at(self, total: Tensor, scale: float = 1.0) -> BatchStatistics:
+        """Return these statistics with the sums of `total`, a vector as `flat` returns.
+
+        Its derivative by the batch's own sums is `scale`.
+        """
         parts = self._parts()
         split = torch.split(total, [part.numel() for part in parts])
         cosines, count, *sums = (
@@ -204,8 +212,8 @@ class BatchStatistics:
         groups = []
         for group in self.groups:
             size = 3 * len(group.layout.num_clusters)
-            groups.append(HeadStatistics.joined(sums[:size], group.layout))
-            sums = sums[size:]
+            groups.append(HeadStatistics(*joined(sums[:size]), *group[3:5], scale))
+            del sums[:size]
         return BatchStatistics(cosines, count, groups)
 
     def _parts(self) -> list[Tensor]:
@@ -226,17 +234,21 @@ def _cosine_sum(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _group(
-    everyone: list[list[Tensor]], views: int, pairs: int, floors: tuple[float, ...]
+    everyone: list[list[Tensor]],
+    views: int,
+    pairs: int,
+    floors: tuple[float, ...],
+    closed_form: bool,
 ) -> HeadStatistics:
     layout = Layout(tuple(head.shape[1] for head in everyone[0]), views, pairs, floors)
     heads = at_least_float32(*(head for view in everyone for head in view))
-    if is_eager(*heads):
-        grams, masses, squares = _Sums.apply(layout, *heads)
-        return HeadStatistics(grams, masses, squares, layout)
-    return HeadStatistics.joined(_formula(layout, *heads), layout)
+    if closed_form and is_eager(*heads):
+        with torch.no_grad():
+            return HeadStatistics(*_closed(layout, heads), layout, heads)
+    return HeadStatistics(*joined(sums_of(layout, *heads)), layout)
 
 
-def _formula(layout: Layout, *heads: Tensor) -> list[Tensor]:
+def sums_of(layout: Layout, *heads: Tensor) -> list[Tensor]:
     """Gram matrices, masses and squared norms: what autograd, compilers and torch.func follow.
 
     Heads come view by view: the firsts of the pairs, then the seconds.
@@ -257,57 +269,53 @@ def _formula(layout: Layout, *heads: Tensor) -> list[Tensor]:
     return parts
 
 
-class _Sums(torch.autograd.Function):
-    """`_formula` with the gradient in closed form: one addition and one product a matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, layout: Layout, *heads: Tensor) -> tuple[Tensor, ...]:
-        each, pairs, most = len(layout.num_clusters), layout.pairs, max(layout.num_clusters)
-        ctx.save_for_backward(*heads)
-        ctx.layout = layout
-        ctx.set_materialize_grads(False)
-        new = heads[0].new_zeros if layout.is_filled else heads[0].new_empty
-        grams = new((pairs, each, most, most))
-        masses = new((layout.views, each, most))
-        squares = new((len(layout.floors), each, most))
-        for own, mass in zip(heads, layout.rows(masses), strict=False):
+def _closed(layout: Layout, heads: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `sums_of` does, joined, with no graph."""
+    each, pairs, most = len(layout.num_clusters), layout.pairs, max(layout.num_clusters)
+    new = heads[0].new_zeros if layout.is_filled else heads[0].new_empty
+    grams = new((pairs, each, most, most))
+    rows = new((layout.views + len(layout.floors), each, most))
+    blocks, parts = layout.parts(grams), layout.parts(rows)
+    masses, squares = parts[: layout.views * each], parts[layout.views * each :]
+    for head in range(each):  # one by one, while caches hold its assignments
+        views = heads[head::each]
+        for own, mass in zip(views, masses[head::each], strict=False):
             torch.sum(own, 0, out=mass)
-        for own, square in zip(heads, layout.rows(squares), strict=False):
+        for own, square in zip(views, squares[head::each], strict=False):
             torch.sum(own * own, 0, out=square)
-        for own, other, gram in zip(
-            heads, heads[pairs * each :], layout.blocks(grams), strict=False
-        ):
+        for own, other, gram in zip(views, views[pairs:], blocks[head::each], strict=False):
             # Autocast leaves products alone that are told where to write.
             torch.mm(own.T, other, out=gram)
-        return grams, masses, squares
+    return grams, *rows.split_with_sizes([layout.views, len(layout.floors)])  # type: ignore[return-value]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout, heads, needed = ctx.layout, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if wants_formula(*grads):
 
-            def formula(*heads: Tensor) -> tuple[Tensor, ...]:
-                return HeadStatistics.joined(_formula(layout, *heads), layout)[:3]
+def gradients(
+    layout: Layout,
+    heads: Sequence[Tensor],
+    needed: Sequence[bool],
+    *slopes: Tensor | None,
+    scale: float,
+) -> list[Tensor | None]:
+    """Return the heads' gradients from those of grams and masses, and -2 times those of squares.
 
-            return None, *differentiate(formula, heads, needed, grads)
-        count, half = len(heads), layout.pairs * len(layout.num_clusters)
-        grams = [] if grads[0] is None else layout.blocks(grads[0])
-        masses = () if grads[1] is None else layout.rows(grads[1])
-        squares = () if grads[2] is None else layout.rows(grads[2] * 2)
-        found: list[Tensor | None] = [None] * count
-        for at, own in enumerate(heads):
-            if not needed[at]:
-                continue
-            grad = masses[at] if at < len(masses) else None
-            if at < len(squares):
-                # One pass over n x K entries, which the product then adds to.
-                square = squares[at]
-                grad = own * square if grad is None else torch.addcmul(grad, own, square)
-            if grams:
-                gram = grams[at % half]
-                factors = heads[(at + half) % count], gram.T if at < half else gram
-                product = torch.mm if grad is None else partial(torch.addmm, grad)
-                out = grad if at < len(squares) else torch.empty_like(own)
-                grad = product(*factors, out=out)
-            found[at] = grad if grad is None or grad.ndim == 2 else grad.expand_as(own)
-        return None, *found
+    `scale` is what those of grams and squares are still to be multiplied with.
+    """
+    count, half = len(heads), layout.pairs * len(layout.num_clusters)
+    grams, masses, squares = ([] if kind is None else layout.parts(kind) for kind in slopes)
+    found: list[Tensor | None] = [None] * count
+    for at in sorted(range(count), key=lambda at: at % len(layout.num_clusters)):
+        if not needed[at]:
+            continue
+        own, grad = heads[at], masses[at] if at < len(masses) else None
+        if squares:
+            # One pass over n x K entries, which the product then adds to.
+            grad = own.new_zeros(()) if grad is None else grad
+            grad = torch.addcmul(grad, own, squares[at], value=-scale)
+        if grams:
+            gram = grams[at % half]
+            factors = heads[(at + half) % count], gram.T if at < half else gram
+            out = grad if squares and grad is not None else torch.empty_like(own)
+            base, beta = (out, 0) if grad is None else (grad, 1)
+            grad = torch.addmm(base, *factors, beta=beta, alpha=scale, out=out)
+        found[at] = grad if grad is None or grad.ndim == 2 else grad.expand_as(own)
+    return found

@@ -80,6 +80,13 @@ def test_number_types(module: Any, name: str, wrong: Any, complains: Any) -> Non
         module(**{name: wrong})
 
 
+def test_numbers_of_other_libraries() -> None:
+    class Float64(float):
+        """As numpy's is a float."""
+
+    assert BCAContrastiveLoss(temperature=Float64(0.5)).temperature == 0.5
+
+
 @pytest.mark.parametrize(("module", "name"), CHOICES)
 @pytest.mark.parametrize("wrong", ["euclidean", "Cosine", "SUM", "none", ""])
 def test_choices(module: Any, name: str, wrong: str, complains: Any) -> None:

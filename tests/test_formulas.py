@@ -23,6 +23,7 @@ from cases import (
     random_assignments,
     scalar,
 )
+from helpers import Recorder
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -189,6 +190,28 @@ class TestSharing:
             hooked.register_hook(calls.append)
             torch.autograd.grad(call(hooked), hooked, create_graph=True)
             assert len(calls) == 1
+
+
+class TestWhatAStepKeeps:
+    @over()
+    def test_gradients_are_the_same_where_no_value_may_be_read(self, case: Case) -> None:
+        module, arguments = case.build(), case.arguments(5)
+        _, expected = evaluate(module, arguments)
+        with Recorder():
+            _, found = evaluate(module, arguments)
+        close(found, expected, 1e-12)
+
+    def test_one_gram_matrix(self) -> None:
+        kept: list[int] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            bca_contrastive_loss(*views(3, 16))
+        assert kept.count(16 * 16) == 1
+        assert max(kept) == 16 * 16
 
 
 class TestTiles:
