@@ -71,13 +71,15 @@ def test_a_step_is_captured_as_a_cuda_graph(case: Case) -> None:
         output = module(*static)
         return flat(output), torch.autograd.grad(scalar(output), inputs, allow_unused=True)
 
+    # One stream for warm-up and capture: gradients that change streams are warned of.
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         values, gradients = step()
     module.load_state_dict(state)
     with torch.no_grad():
