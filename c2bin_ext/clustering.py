@@ -650,14 +650,23 @@ def _nearest(rows: Tensor, k: int, seed: int) -> Tensor:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(rows.device)
     found = torch.empty(n, k, dtype=torch.int64, device=rows.device)
     for part in order.tensor_split(-(-n // _PART)):
-        others = rows[part]
-        for start in range(0, len(part), max(1, _BLOCK // len(part))):
-            own = torch.arange(start, min(start + max(1, _BLOCK // len(part)), len(part)))
-            own = own.to(rows.device)
-            near = others[own] @ others.T
-            near[torch.arange(len(own), device=rows.device), own] = -torch.inf
-            found[part[own]] = part[near.topk(k, dim=1).indices]
+        found[part] = part[_largest_products(rows[part], k)[1]]
     return found
+
+
+def _largest_products(
+    rows: Tensor, k: int, tell: Callable[[int, int], object] = lambda done, total: None
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest products of each row with others, and which these are, (n, k) each."""
+    n = len(rows)
+    # Results that are kept block by block would lie between the blocks' memory, which then grows.
+    values, places = rows.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=rows.device)
+    for own in torch.split(torch.arange(n, device=rows.device), max(1, _BLOCK // n)):
+        products = rows[own] @ rows.T
+        products[own - own[0], own] = -torch.inf
+        values[own], places[own] = products.topk(k, dim=1)
+        tell(int(own[-1]) + 1, n)
+    return values, places
 
 
 def _faiss_is_installed() -> bool:

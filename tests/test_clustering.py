@@ -300,6 +300,23 @@ def test_neighbours_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(found, oracle[:, 1:])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others count in other units, or not at all")
+def test_neighbours_are_found_in_bounded_memory() -> None:
+    """Of 12,000 rows, all products are 576 MB: in a process of its own, as it counts the most."""
+    program = (
+        "import resource, torch\n"
+        "from c2bin_ext import clustering\n"
+        "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "rows = torch.randn(12_000, 8)\n"
+        "clustering._nearest(rows[:100], 5, 0)\n"
+        "before = most()\n"
+        "clustering._nearest(rows, 5, 0)\n"
+        "print(most() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert int(done.stdout) < 150_000, "kB"
+
+
 def test_neighbours_of_many_rows_are_of_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "_PART", 50)
     monkeypatch.setattr(clustering, "_faiss_is_installed", lambda: False)

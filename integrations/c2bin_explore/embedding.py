@@ -150,8 +150,6 @@ def pretrained(
     if size is None:
         small = network.any_size and side <= _SMALL
         size = min(_ENLARGED, network.size) if small else network.size
-        if small:
-            network = load(name, size, weights or "published")
     return Embedder(name, network, size, views, device)
 
 

@@ -335,7 +335,7 @@ def test_neighbours_agree_in_page_and_table(run: Run) -> None:
 
 
 def test_nearest_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis, "_BLOCK", 7)
+    monkeypatch.setattr("c2bin_ext.clustering._BLOCK", 7 * 40)
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
     indices, cosines = analysis.nearest(features, 6)
     for i in range(40):
