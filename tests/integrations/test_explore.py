@@ -1393,6 +1393,21 @@ def test_group_names_are_no_paths() -> None:
         assert not group.startswith(".")
 
 
+# What is written with less contrast to the colour behind it than WCAG 2 AA asks for.
+FAINT = """
+const channels = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = (text) => channels(text).slice(0, 3).map((c) => c / 255).reduce((sum, c, i) =>
+  sum + [0.2126, 0.7152, 0.0722][i] * (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4), 0);
+const clear = (node) => channels(getComputedStyle(node).backgroundColor)[3] === 0;
+return [...document.querySelectorAll("body *")].filter((node) => {
+  const own = [...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+  if (!node.checkVisibility() || (!own && !node.matches("input, select"))) return false;
+  let ground = node;
+  while (clear(ground) && ground.parentElement) ground = ground.parentElement;
+  const pair = [getComputedStyle(node).color, getComputedStyle(ground).backgroundColor].map(light);
+  return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05) < 4.5;
+}).map((node) => node.outerHTML.slice(0, 200));
+"""
 browser = pytest.mark.skipif(_chromium.missing() is not None, reason=str(_chromium.missing()))
 
 
@@ -1713,8 +1728,87 @@ def test_map_in_a_browser(run: Run, page: _chromium.Browser) -> None:
 
 
 @browser
+def test_fingers_on_the_map(run: Run, page: _chromium.Browser) -> None:
+    """Two of them apart: what lies between them stays there, and less is seen."""
+    page.size(400, 900)
+    go(page, "#/map")
+    n, visible = len(run.data["names"]), "Number(document.querySelector('canvas').dataset.visible)"
+    page.wait(f"{visible} === {n}")
+    positions = np.array(run.data["positions"]).reshape(n, 2)
+    i = int(((positions - 0.5) ** 2).sum(axis=1).argmax())
+    box = page.run("const b = document.querySelector('canvas').getBoundingClientRect();"
+                   "return [b.left, b.top, b.width, b.height]")  # fmt: skip
+    x, y = (
+        box[side] + box[2 + side] / 2 + (positions[i, side] - 0.5) * (min(box[2:]) - 40)
+        for side in (0, 1)
+    )
+    page.pinch(x, y, 10, 50)
+    page.wait(f"{visible} < {n}")
+    page.point(x, y, press=True)
+    page.wait("document.querySelector('dialog').open")
+    opened = page.run("return document.getElementById('detail-name').textContent")
+    near = [j for j in range(n) if np.hypot(*(positions[j] - positions[i])) < 0.03]
+    assert opened in {run.data["names"][j] for j in near}
+    page.keys("Escape")
+    page.size(1280, 900)
+
+
+@browser
+def test_names_follow_their_images_to_other_clusters(run: Run, tmp_path: Path) -> None:
+    """To as many clusters: the one of most; to other scales: the most alike; none is lost."""
+    options = ["--clusters", "4", "5", "--seed", "3", *QUICK]
+    assert main([str(run.folder), "--out", str(tmp_path / "again"), *options]) == 0
+    new = read_page(tmp_path / "again" / "index.html")[1]
+    assert new["names"] == run.data["names"]
+    given = {(s, k): f"{s}-{k}" for s in (1, 2) for k in set(run.data["scales"][s]["cluster"])}
+    shown = """
+      const found = {};
+      for (const radio of document.querySelectorAll('#scales input')) {
+        radio.click();
+        for (const b of document.querySelectorAll('.card b')) {
+          if (!b.textContent.startsWith('Cluster')) {
+            found[radio.value + '.' + b.closest('a').hash.split('.')[1]] = b.textContent;
+          }
+        }
+      }
+      return found;
+    """
+    # The largest of those that find the same place keeps it.
+    members = {
+        key: np.flatnonzero(np.array(run.data["scales"][key[0]]["cluster"]) == key[1])
+        for key in given
+    }
+    expected: dict[str, str] = {}
+    for key in sorted(given, key=lambda key: -len(members[key])):
+        fits = {}
+        for s, scale in enumerate(new["scales"]):
+            if scale["count"] != 5 and key[0] == 1:
+                continue
+            for k in set(scale["cluster"]):
+                own = np.flatnonzero(np.array(scale["cluster"]) == k)
+                shared = len(np.intersect1d(own, members[key]))
+                if shared > len(members[key]) / 2:
+                    fits[s, k] = shared / (len(own) + len(members[key]))
+        if fits:
+            expected.setdefault("{}.{}".format(*max(fits, key=lambda own: fits[own])), given[key])
+    assert {name[0] for name in expected.values()} == {"1", "2"}
+    with _chromium.Browser(tmp_path / "profile") as page:
+        page.open(run.out / "index.html")
+        for (s, k), name in given.items():
+            go(page, f"#/clusters/{s}.{k}")
+            page.run("const name = document.getElementById('name'); name.value = arguments[0];"
+                     "name.dispatchEvent(new Event('input'))", name)  # fmt: skip
+        page.open(tmp_path / "again" / "index.html")
+        assert page.run(shown) == expected
+        go(page, "#/search/")
+        page.click(".tile input")  # now notes are kept of this page
+        page.open(run.out / "index.html", "#/clusters")
+        assert page.run(shown) == {f"{s}.{k}": name for (s, k), name in given.items()}
+
+
+@browser
 def test_anybody_can_use_the_page(run: Run, page: _chromium.Browser) -> None:
-    """Focus is seen, everything has a name, nothing is wider than a phone, nothing asks the net."""
+    """Focus and text are seen, everything has a name, fits a phone, and asks nothing of a net."""
     go(page, "#/about")
     reached = set()
     for _ in range(14):
@@ -1730,8 +1824,9 @@ def test_anybody_can_use_the_page(run: Run, page: _chromium.Browser) -> None:
     largest = max(range(3), key=run.data["scales"][0]["cluster"].count)
     routes = ("clusters", f"clusters/0.{largest}", "map", "time", "duplicates", "outliers",
               "quality", "search/", "selected", "about", "image/1")  # fmt: skip
-    for width in (1280, 400, 320):
+    for width, scheme in ((1280, "light"), (400, "light"), (320, "light"), (400, "dark")):
         page.size(width, 640)
+        page.scheme(scheme)
         for route in routes:
             go(page, f"#/{route}") if route != "image/1" else page.run(
                 "location.hash = '#/image/1'"
@@ -1744,6 +1839,11 @@ def test_anybody_can_use_the_page(run: Run, page: _chromium.Browser) -> None:
                 ".map(e => e.outerHTML)"
             )
             assert nameless == [], route
+            faint = page.run(FAINT)
+            assert faint == [], (route, scheme)
+            where = "document.querySelector('nav a[aria-current]')?.getBoundingClientRect()"
+            current = page.run(f"const box = {where}; return box && [box.left, box.right]")
+            assert current is None or 0 <= current[0] < current[1] <= width, route
         page.keys("Escape")
     assert page.errors() == []
     allowed = (run.out.resolve().as_uri(), run.folder.resolve().as_uri(), "blob:")
