@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -949,20 +950,32 @@ def test_own_preprocessing_is_what_the_network_sees(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line: which, why, and what to do."""
+    """One line below torch's own: which, why, and what to do."""
     pytest.importorskip("torchvision")
 
     def offline(*_: Any, **__: Any) -> Any:
-        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+        raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where nothing was downloaded before
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
     out = tmp_path / "out"
     assert main([str(few(tmp_path / "in")), "--backbone", "resnet18", "--out", str(out)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "the weights of resnet18 cannot be downloaded" in line
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if not line.startswith("Downloading: "))
+    assert line.startswith("c2bin-explore: the weights of resnet18 cannot be downloaded (")
     assert "Name or service not known" in line
-    assert "--weights" in line
+    assert "download them elsewhere and give the file as --weights" in line
+    assert not out.exists()
+
+
+def test_network_of_a_package_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    out = tmp_path / "out"
+    assert main([str(few(tmp_path / "in")), "--backbone", "timm:vit", "--out", str(out)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "c2bin-explore: timm:vit needs timm: pip install timm"
     assert not out.exists()
 
 
