@@ -453,7 +453,8 @@
           (groups[`${key} ${name}`] ||= note).files.push(row.file);
         }
       }
-      for (const note of Object.values(groups)) adopt({ ...note, size: note.files.length }, true);
+      const found = Object.values(groups).map((note) => ({ ...note, size: note.files.length }));
+      homeless.push(...found.sort((a, b) => a.size - b.size).filter((note) => !adopt(note, true)));
       keep();
       status.textContent = said.textContent = `Taken in: the names and tags of ${images(known)}.`;
     };
