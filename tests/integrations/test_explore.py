@@ -1481,6 +1481,18 @@ def titles(page: _chromium.Browser, within: str = "main") -> list[str]:
     return found
 
 
+def take_in(page: _chromium.Browser, text: str, images: int) -> None:
+    """Give the page an export of so many images."""
+    go(page, "#/about")
+    page.run(
+        "const data = new DataTransfer(), input = document.getElementById('import');"
+        "data.items.add(new File([arguments[0]], 'a.json')); input.files = data.files;"
+        "input.dispatchEvent(new Event('change'))", text,
+    )  # fmt: skip
+    page.wait("document.getElementById('status').textContent.endsWith(arguments[0])",
+              f" {images} images.")  # fmt: skip
+
+
 @browser
 def test_clusters_in_a_browser(run: Run, page: _chromium.Browser) -> None:
     """Mosaics, coarse to fine by zooming in, and names that stay."""
@@ -1625,13 +1637,7 @@ def test_selecting_in_a_browser(run: Run, page: _chromium.Browser, tmp_path: Pat
     assert page.run("return document.getElementById('tray').hidden")
     # Taken in from a file, over what is there.
     text = (tmp_path / "a.json").read_text().replace("=best", "other")
-    go(page, "#/about")
-    page.run(
-        "const data = new DataTransfer(), input = document.getElementById('import');"
-        "data.items.add(new File([arguments[0]], 'a.json')); input.files = data.files;"
-        "input.dispatchEvent(new Event('change'))", text,
-    )  # fmt: skip
-    page.wait("document.getElementById('status').textContent.includes('4 images')")
+    take_in(page, text, 4)
     go(page, "#/search/other%20%3Dbest")
     assert sorted(titles(page)) == sorted(wanted)
 
@@ -1817,6 +1823,16 @@ def test_names_follow_their_images_to_other_clusters(run: Run, tmp_path: Path) -
         page.click(".tile input")  # now notes are kept of this page
         page.open(run.out / "index.html", "#/clusters")
         assert page.run(shown) == {f"{s}.{k}": name for (s, k), name in given.items()}
+        # An export does what the browser does.
+        page.run("localStorage.clear()")
+        page.open(tmp_path / "again" / "index.html")
+        rows = [{"file": name, "tags": []} for name in new["names"]]
+        for (s, k), name in given.items():
+            for i in members[s, k]:
+                rows[i][f"name_{run.data['scales'][s]['count']}"] = name
+        take_in(page, json.dumps(rows), len(rows))
+        go(page, "#/clusters")
+        assert page.run(shown) == expected
 
 
 @browser
