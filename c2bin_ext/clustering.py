@@ -186,7 +186,13 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: Rows, y: object = None, views: Rows | None = None) -> C2BINClustering:  # noqa: N803
+    def fit(
+        self,
+        X: Rows,  # noqa: N803
+        y: object = None,
+        views: Rows | None = None,
+        callback: Callable[[int, float], object] | None = None,
+    ) -> C2BINClustering:
         """Cluster the rows of X.
 
         Args:
@@ -194,6 +200,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             y: ignored; scikit-learn passes it.
             views: features of v augmented views of the same images, (v, n, d). They are most of
                 the lead over k-means: store them if the images are at hand.
+            callback: is called after every epoch with its number, from 1 to `max_epochs` at most,
+                and its mean loss; with 1 again where another start or weight is tried.
 
         Returns:
             The estimator itself. Ctrl-C in training ends it with a warning, and what was learned
@@ -215,7 +223,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         source = np.random.RandomState() if given is None else check_random_state(given)
         seeds = [int(seed) for seed in source.randint(2**31 - 1, size=1 + self.n_init)]
         device = _device(self.device)
-        progress = _Progress(self.verbose)
+        progress = _Progress(self.verbose, callback)
         progress(f"{n} rows of {d} features: standardising")
         self.mean_, self.components_ = _principal(values)
         rows = self._projected(values, "X").to(device)
@@ -415,7 +423,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                     both = tuple(head(pairs.draw(own, source)) for own in (rows, near))
                     losses.append(step(criterion(both).loss))
                 run.losses.append(sum(losses) / len(losses))
-                progress(f"epoch {epoch + 1} of {self.max_epochs}: loss {run.losses[-1]:.3f}")
+                progress.epoch(epoch + 1, self.max_epochs, run.losses[-1])
                 if run.settled():
                     break
         except KeyboardInterrupt:
@@ -552,14 +560,19 @@ class _Start:
 
 
 class _Progress:
-    """Lines with the seconds since the start, on request."""
+    """Lines with the seconds since the start, and a call after every epoch, on request."""
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted, self.began = wanted, time.perf_counter()
+    def __init__(self, wanted: bool, callback: Callable[[int, float], object] | None) -> None:
+        self.wanted, self.callback, self.began = wanted, callback, time.perf_counter()
 
     def __call__(self, text: str) -> None:
         if self.wanted:
             print(f"[C2BINClustering] {time.perf_counter() - self.began:6.1f} s  {text}")
+
+    def epoch(self, number: int, most: int, loss: float) -> None:
+        self(f"epoch {number} of {most}: loss {loss:.3f}")
+        if self.callback is not None:
+            self.callback(number, loss)
 
 
 def _whole(name: str, value: object, least: int) -> None:
@@ -637,14 +650,23 @@ def _nearest(rows: Tensor, k: int, seed: int) -> Tensor:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(rows.device)
     found = torch.empty(n, k, dtype=torch.int64, device=rows.device)
     for part in order.tensor_split(-(-n // _PART)):
-        others = rows[part]
-        for start in range(0, len(part), max(1, _BLOCK // len(part))):
-            own = torch.arange(start, min(start + max(1, _BLOCK // len(part)), len(part)))
-            own = own.to(rows.device)
-            near = others[own] @ others.T
-            near[torch.arange(len(own), device=rows.device), own] = -torch.inf
-            found[part[own]] = part[near.topk(k, dim=1).indices]
+        found[part] = part[_largest_products(rows[part], k)[1]]
     return found
+
+
+def _largest_products(
+    rows: Tensor, k: int, tell: Callable[[int, int], object] = lambda done, total: None
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest products of each row with others, and which these are, (n, k) each."""
+    n = len(rows)
+    # Results that are kept block by block would lie between the blocks' memory, which then grows.
+    values, places = rows.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=rows.device)
+    for own in torch.split(torch.arange(n, device=rows.device), max(1, _BLOCK // n)):
+        products = rows[own] @ rows.T
+        products[own - own[0], own] = -torch.inf
+        values[own], places[own] = products.topk(k, dim=1)
+        tell(int(own[-1]) + 1, n)
+    return values, places
 
 
 def _faiss_is_installed() -> bool:

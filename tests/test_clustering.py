@@ -271,12 +271,50 @@ def test_progress(data: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> 
     assert 10 < text.count("epoch ") <= 20
 
 
+def test_callback_hears_of_every_epoch(data: tuple[Any, Any], model: C2BINClustering) -> None:
+    heard: list[tuple[int, float]] = []
+    again = clone(model).fit(data[0], callback=lambda *epoch: heard.append(epoch))
+    assert heard == list(enumerate(model.losses_, 1))
+    np.testing.assert_array_equal(again.predict_proba(data[0]), model.predict_proba(data[0]))
+    assert pickle.loads(pickle.dumps(again)).get_params() == model.get_params()
+    heard.clear()
+    clone(model).set_params(n_init=2).fit(data[0], callback=lambda *epoch: heard.append(epoch))
+    assert [number for number, _ in heard].count(1) == 2
+
+
+def test_callback_may_end_training(data: tuple[Any, Any], model: C2BINClustering) -> None:
+    def enough(epoch: int, loss: float) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="Interrupted after 3 of 20 epochs"):
+        ended = clone(model).fit(data[0], callback=enough)
+    assert ended.losses_ == model.losses_[:3]
+
+
 def test_neighbours_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "_BLOCK", 1000)
     rows = torch.nn.functional.normalize(torch.randn(200, 5))
     found = clustering._nearest(rows, 7, seed=0)
     oracle = NearestNeighbors(n_neighbors=8, algorithm="brute").fit(rows).kneighbors(rows)[1]
     np.testing.assert_array_equal(found, oracle[:, 1:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others count in other units, or not at all")
+def test_neighbours_are_found_in_bounded_memory() -> None:
+    """Of 12,000 rows, all products are 576 MB: in a process of its own, as it counts the most."""
+    program = (
+        "import resource, torch\n"
+        "from c2bin_ext import clustering\n"
+        "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "rows = torch.randn(12_000, 8)\n"
+        "clustering._nearest(rows[:100], 5, 0)\n"
+        "before = most()\n"
+        "clustering._nearest(rows, 5, 0)\n"
+        "print(most() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert int(done.stdout) < 150_000, "kB"
 
 
 def test_neighbours_of_many_rows_are_of_their_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,12 +38,9 @@ class Browser:
         profile: Folder for its profile.
         width: Of the window, in px.
         height: Of the window, in px.
-        dark: Ask pages for their dark scheme.
     """
 
-    def __init__(
-        self, profile: Path, width: int = 1280, height: int = 900, dark: bool = False
-    ) -> None:
+    def __init__(self, profile: Path, width: int = 1280, height: int = 900) -> None:
         browser = shutil.which("chromium") or shutil.which("google-chrome")
         driver = shutil.which("chromedriver")
         if browser is None or driver is None:
@@ -69,7 +66,6 @@ class Browser:
                 "--force-device-scale-factor=1",
                 f"--user-data-dir={profile}",
                 f"--window-size={width},{height}",
-                *(["--blink-settings=preferredColorScheme=0"] if dark else []),
             ]
             wanted = {
                 "goog:chromeOptions": {"args": arguments, "binary": browser},
@@ -157,11 +153,31 @@ class Browser:
         mouse = {"type": "pointer", "id": "m", "actions": actions}
         self._send("POST", "/actions", {"actions": [mouse]})
 
+    def pinch(self, x: float, y: float, begin: float, end: float) -> None:
+        """Put two fingers above and below a place in the window, and move them apart."""
+        fingers = []
+        for side in (-1, 1):
+            first, last = (
+                {"type": "pointerMove", "duration": 100, "x": round(x), "y": round(y + side * far)}
+                for far in (begin, end)
+            )
+            down, up = ({"type": f"pointer{way}", "button": 0} for way in ("Down", "Up"))
+            kind = {"type": "pointer", "parameters": {"pointerType": "touch"}}
+            fingers.append({**kind, "id": f"finger{side}", "actions": [first, down, last, up]})
+        self._send("POST", "/actions", {"actions": fingers})
+
     def size(self, width: int, height: int) -> None:
         """Set what pages see as their window: Chromium's own window stops at 500 px."""
-        command = "Emulation.setDeviceMetricsOverride"
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self._send("POST", "/goog/cdp/execute", {"cmd": command, "params": metrics})
+        self._emulate("setDeviceMetricsOverride", metrics)
+
+    def scheme(self, name: str) -> None:
+        """Ask pages for their "light" or "dark" scheme."""
+        wanted = {"name": "prefers-color-scheme", "value": name}
+        self._emulate("setEmulatedMedia", {"features": [wanted]})
+
+    def _emulate(self, command: str, values: dict[str, Any]) -> None:
+        self._send("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": values})
 
     def screenshot(self, path: Path) -> None:
         """Write what is on the screen as PNG."""

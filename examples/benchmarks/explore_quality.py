@@ -2,12 +2,14 @@
 
     python examples/benchmarks/explore_quality.py FOLDER [--out docs/results] [--keep DIR]
     python examples/benchmarks/explore_quality.py --photographs 3000
+    python examples/benchmarks/explore_quality.py --many 100000
 
 FOLDER has a subfolder for each class. The command runs on it three times, in processes of their
 own: with its defaults (EfficientNet-Lite0), with a network trained from scratch, and with the
 images' own pixels at 32 × 32 as features. With --only, some of these are measured, and the others
 stay as they are in --out. With --photographs, it runs with its defaults on so many files of 12
-megapixels: a tenth as many different ones, made of scikit-learn's two photographs.
+megapixels: a tenth as many different ones, made of scikit-learn's two photographs. With --many, it
+runs on so many small files, all the same image, and 64 features of each, drawn around 100 centres.
 """
 
 from __future__ import annotations
@@ -89,10 +91,11 @@ def pixels(folder: Path, out: Path) -> Path:
 def write_photographs(count: int, out: Path) -> None:
     """Write so many JPEG files of 4000 × 3000 pixels, of which a tenth are different."""
     draw, sources = np.random.default_rng(0), load_sample_images().images
+    different = max(1, count // 10)
     for number in range(count):
         path = out / f"photograph {number:04}.jpg"
-        if number >= max(1, count // 10):
-            os.link(out / f"photograph {number % (count // 10):04}.jpg", path)
+        if number >= different:
+            os.link(out / f"photograph {number % different:04}.jpg", path)
             continue
         source = sources[number % 2]
         height, width = 210, 280
@@ -102,6 +105,23 @@ def write_photographs(count: int, out: Path) -> None:
         noise = draw.integers(-12, 13, size=large.shape[:2], dtype=np.int16)[..., None]
         grainy = (large + noise).clip(0, 255).astype(np.uint8)
         Image.fromarray(grainy).save(path, quality=88)
+
+
+def write_many(count: int, out: Path) -> Path:
+    """Write so many files of one image, and a file of their features, which is returned."""
+    draw, names = np.random.default_rng(0), [f"{i // 1000:03}/{i:06}.jpg" for i in range(count)]
+    image = Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8))
+    for i, name in enumerate(names):
+        path = out / "images" / name
+        if i % 1000:
+            os.link(out / "images" / names[i - i % 1000], path)
+        else:  # once in each folder, as file systems bound the links to a file
+            path.parent.mkdir(parents=True)
+            image.save(path)
+    centres = draw.normal(size=(100, 64))[draw.integers(100, size=count)]
+    features = (centres + draw.normal(size=centres.shape)).astype(np.float32)
+    np.savez(out / "features.npz", names=np.array(names), features=features)
+    return out / "features.npz"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -125,21 +145,27 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("folder", type=Path, nargs="?", help="images in a subfolder per class")
     source.add_argument("--photographs", type=int, metavar="N", help="files of 12 megapixels")
+    source.add_argument("--many", type=int, metavar="N", help="files, and features of them")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows")
     parser.add_argument("--keep", type=Path, help="folder of the pages (default: none)")
     parser.add_argument("--out", type=Path, help="folder of explore_….json and .md")
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    name = "explore_photographs" if args.photographs else "explore"
+    kind = "photographs" if args.photographs else "many" if args.many else None
+    name = f"explore_{kind}" if kind else "explore"
     stored = None if args.out is None else args.out / f"{name}.json"
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        keep = args.keep or Path(scratch)
+        keep = args.keep or Path(scratch) / "pages"
         if args.photographs:
             folder = Path(scratch) / "photographs"
             folder.mkdir()
             write_photographs(args.photographs, folder)
             results = {"EfficientNet-Lite0": explore(folder, keep / "photographs")}
+        elif args.many:
+            features = str(write_many(args.many, Path(scratch)))
+            row = explore(Path(scratch) / "images", keep / "many", "--features", features)
+            results = {"64 features": row}
         else:
             if stored is not None and stored.exists():
                 results = json.loads(stored.read_text(encoding="utf-8"))["results"]
@@ -154,7 +180,7 @@ def main() -> None:
                 results[row] = {**seconds, **scores(out)}
             results = {row: results[row] for row in ROWS if row in results}
     settings = {
-        "images": args.photographs or args.folder.name,
+        "images": args.photographs or args.many or args.folder.name,
         "hardware": processor(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -164,7 +190,7 @@ def main() -> None:
     print(text)
     if stored is not None:
         stored.write_text(text + "\n", encoding="utf-8")
-        if not args.photographs:
+        if kind is None:
             stored.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from c2bin_explore.images import Array, Images, Tell, classes_of, shown
 from c2bin_ext import metrics
-from c2bin_ext.clustering import C2BINClustering
+from c2bin_ext.clustering import C2BINClustering, _largest_products
 
 NEIGHBOURS = 12
 # A spreadsheet reads a text that begins so as a formula; "'" before it says that it is text.
@@ -82,12 +82,11 @@ def analyse(
         phase: Takes the name of a phase that begins, and returns what to tell its progress.
     """
     classes, numbers = classes_of(images.paths, labels)
-    scales = [
-        _scale(torch.from_numpy(clustering.predict_proba(features, scale)), numbers)
-        for scale in range(len(clustering.head_.num_clusters))
-    ]
     # As they are clustered: all features of a network share a direction, which tells nothing apart.
     rows = clustering._projected(features, "features")
+    with torch.inference_mode():
+        parts = [clustering.head_(part.double()) for part in torch.split(rows, _BLOCK)]
+    scales = [_scale(torch.cat(scale), numbers) for scale in zip(*parts, strict=True)]
     indices, cosines = nearest(rows, NEIGHBOURS, phase("Neighbours"))
     phase("Map")
     positions, method = layout(rows, seed)
@@ -134,17 +133,10 @@ def nearest(
         [[1], [0], [1]]
     """
     unit = normalize(features.float(), dim=1)
-    indices, cosines = list[Tensor](), list[Tensor]()
-    for start in range(0, len(unit), _BLOCK):
-        tell(start, len(unit))
-        block = unit[start : start + _BLOCK] @ unit.T
-        rows = torch.arange(len(block))
-        block[rows, start + rows] = -torch.inf
-        best = block.topk(min(k, len(unit) - 1), dim=1)
-        indices.append(best.indices)
-        # A sum of squares in float32 may end a little above 1.
-        cosines.append(best.values.clamp(-1, 1))
-    return torch.cat(indices), torch.cat(cosines)
+    tell(0, len(unit))
+    cosines, indices = _largest_products(unit, min(k, len(unit) - 1), tell)
+    # A sum of squares in float32 may end a little above 1.
+    return indices, cosines.clamp(-1, 1)
 
 
 def layout(features: Tensor, seed: int) -> tuple[npt.NDArray[np.float32], str]:

@@ -150,8 +150,6 @@ def pretrained(
     if size is None:
         small = network.any_size and side <= _SMALL
         size = min(_ENLARGED, network.size) if small else network.size
-        if small:
-            network = load(name, size, weights or "published")
     return Embedder(name, network, size, views, device)
 
 
@@ -174,24 +172,8 @@ def cluster(
     tell: Callable[[int, int], None],
 ) -> C2BINClustering:
     """Return C2BIN's clusters of features (n, d), and views (v, n, d) if there are any."""
-
-    class Told(C2BINClustering):
-        def _criterion(self, entropy_weight: float) -> Callable[[Any], Any]:
-            criterion = super()._criterion(entropy_weight)
-            total = self.max_epochs * max(len(features) // self.batch_size, 5)
-            steps = 0  # from the start again with every weight that is tried
-
-            def counted(assignments: Any) -> Any:
-                nonlocal steps
-                steps += 1
-                tell(steps, total)
-                return criterion(assignments)
-
-            return counted
-
-    model = Told(tuple(scales), random_state=seed, device=device)
-    model.fit(features, views=views)
-    return model
+    model = C2BINClustering(tuple(scales), random_state=seed, device=device)
+    return model.fit(features, views=views, callback=lambda epoch, _: tell(epoch, model.max_epochs))
 
 
 def save(path: Path, embedder: Embedder | None, clustering: C2BINClustering) -> None:

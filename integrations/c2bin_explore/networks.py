@@ -66,7 +66,8 @@ def load(name: str, size: int | None = None, weights: Weights = "published") -> 
     Args:
         name: `efficientnet-lite0`, `…-lite1`, `…-lite2` (weights come as pip packages), a name of
             torchvision or timm (weights are downloaded), or `torchvision:NAME`, `timm:NAME`.
-        size: side in pixels of the images that it will see; by default what it was trained for.
+        size: side in pixels of the images that it will see, for networks that take one size only;
+            by default what it was trained for.
         weights: `"published"`, `"none"`, or a file with a state dict.
 
     Raises:
@@ -78,7 +79,7 @@ def load(name: str, size: int | None = None, weights: Weights = "published") -> 
     published = weights == "published"
     try:
         if name in EFFICIENTNETS:
-            network = _efficientnet_lite(name, size, published)
+            network = _efficientnet_lite(name, published)
         elif host in ("", "torchvision") and model in _torchvision_names(host):
             network = _torchvision(model, published)
         elif host in ("", "timm") and (host or importlib.util.find_spec("timm")):
@@ -123,10 +124,10 @@ class _Pooled(nn.Module):
         return maps.mean(dim=(2, 3))
 
 
-def _efficientnet_lite(name: str, size: int | None, published: bool) -> Network:
-    own = _EFFICIENTNET_SIZES[int(name[-1])]
+def _efficientnet_lite(name: str, published: bool) -> Network:
     network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name(
-        name, image_size=size or own
+        name,
+        image_size=None,  # it pads for the size of the images that come
     )
     if published:
         package = importlib.import_module(_package(name))
@@ -134,7 +135,8 @@ def _efficientnet_lite(name: str, size: int | None, published: bool) -> Network:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     # The weights are TensorFlow's, trained on (pixel - 127) / 128.
     half = (127 / 255,) * 3
-    return Network(_Pooled(network), half, (128 / 255,) * 3, "Apache 2.0", own)
+    size = _EFFICIENTNET_SIZES[int(name[-1])]
+    return Network(_Pooled(network), half, (128 / 255,) * 3, "Apache 2.0", size)
 
 
 def _torchvision_names(host: str) -> list[str]:

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const PAGE = 120;
+  const PAGE = 120, TYPICAL = 50;
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
   const n = data.names.length;
@@ -47,7 +47,7 @@
       for (const list of lists) list.sort((a, b) => certainty[b] - certainty[a] || a - b);
       return lists;
     });
-    return { ...scale, cluster, certainty, members };
+    return { ...scale, cluster, certainty, members, names: {} };
   });
   const everything = range(n);
   const count = (value) => value.toLocaleString("en");
@@ -64,14 +64,36 @@
 
   // The owner's notes: names of clusters, tags, the selection. The browser keeps them by folder.
   const folder = data.link ? new URL(`${data.link}/`, location.href).href : data.title;
-  const notes = { names: {}, tags: {}, selected: [] };
+  const notes = { clusters: [], tags: {}, selected: [] };
   const storage = `c2bin-explore ${folder}`;
   try {
     Object.assign(notes, JSON.parse(localStorage.getItem(storage)));
   } catch { /* a browser that keeps nothing, or something else's note */ }
   const numberOf = once(() => new Map(data.names.map((name, i) => [name, i])));
   const selected = new Set(notes.selected.map((name) => numberOf().get(name)).filter((i) => i >= 0));
+  // A name belongs to a cluster that holds most of the images that were most typical when it was given:
+  // after a change of clusters, one of as many clusters or, without such a scale, the most alike of all.
+  function adopt(note, over = false) {
+    const known = note.files.map((file) => numberOf().get(file)).filter((i) => i >= 0);
+    const same = scales.filter((scale) => scale.count === note.count);
+    let best = 0, names = {}, own = 0;
+    for (const scale of same.length ? same : scales) {
+      const votes = new Map();
+      for (const i of known) votes.set(scale.cluster[i], (votes.get(scale.cluster[i]) || 0) + 1);
+      for (const [k, shared] of votes) {
+        const alike = (shared * note.size) / (note.size + scale.members()[k].length);
+        if (2 * shared > known.length && alike > best) {
+          [best, names, own] = [alike, scale.names, k];
+        }
+      }
+    }
+    if (names[own] && !over) return false;
+    names[own] = note;
+    return best > 0;
+  }
+  const homeless = notes.clusters.sort((a, b) => b.size - a.size).filter((note) => !adopt(note));
   function keep() {
+    notes.clusters = [...homeless, ...scales.flatMap((scale) => Object.values(scale.names))];
     notes.selected = [...selected].map((i) => data.names[i]);
     try {
       localStorage.setItem(storage, JSON.stringify(notes));
@@ -84,10 +106,13 @@
     if (tags.length) notes.tags[data.names[i]] = [...new Set(tags)];
     else delete notes.tags[data.names[i]];
   }
-  const ownName = (s, k) => notes.names[scales[s].key]?.[k] || "";
+  const ownName = (s, k) => scales[s].names[k]?.name || "";
   const clusterName = (s, k) => ownName(s, k) || `Cluster ${k}`;
   function setName(s, k, name) {
-    (notes.names[scales[s].key] ||= {})[k] = name.trim();
+    const { count, names, members } = scales[s], list = members()[k];
+    const files = list.slice(0, TYPICAL).map((i) => data.names[i]);
+    if (name.trim()) names[k] = { name: name.trim(), count, size: list.length, files };
+    else delete names[k];
     keep();
   }
 
@@ -355,7 +380,7 @@
     const k = data.neighbourCount, box = element("div"), text = element("output");
     let groups = [];
     const slider = element("input", { type: "range", id: "threshold", min: "0.7", max: "1",
-      step: "0.005", value: "0.95" });
+      step: "0.005", value: "0.9" });
     const draw = () => {
       const threshold = Number(slider.value) - 1e-6, root = everything.slice();
       const find = (i) => { while (root[i] !== i) i = root[i] = root[root[i]]; return i; };
@@ -415,17 +440,21 @@
         "That is no export of this page."; }) });
     const said = element("p");
     const takeIn = (text) => {
+      const groups = {};
       let known = 0;
       for (const row of JSON.parse(text)) {
         const i = numberOf().get(row.file);
         if (i === undefined) continue;
         known++;
         setTags(i, [...tagsOf(i), ...row.tags.map(String)]);
-        scales.forEach((scale, s) => {
-          const name = row[`name_${scale.count}`];
-          if (name) setName(s, scale.cluster[i], String(name));
-        });
+        for (const [key, name] of Object.entries(row)) {
+          if (!key.startsWith("name_") || !name) continue;
+          const note = { name: String(name), count: Number(key.slice(5)), files: [] };
+          (groups[`${key} ${name}`] ||= note).files.push(row.file);
+        }
       }
+      const found = Object.values(groups).map((note) => ({ ...note, size: note.files.length }));
+      homeless.push(...found.sort((a, b) => a.size - b.size).filter((note) => !adopt(note, true)));
       keep();
       status.textContent = said.textContent = `Taken in: the names and tags of ${images(known)}.`;
     };
@@ -620,14 +649,16 @@
       const image = loaded.get(i);
       return image.complete && image.naturalWidth ? image : null;
     }
+    // Pictures grow with the room that there is for each.
+    const edge = () => Math.max(44, Math.min(160, (0.7 * side * view.zoom) / Math.sqrt(n)));
     function draw() {
-      const style = getComputedStyle(document.documentElement);
+      const style = getComputedStyle(document.documentElement), size = edge(), margin = size / 2 + 8;
       context.clearRect(0, 0, width, height);
       const groups = new Map();
       let visible = 0;
       for (let i = 0; i < n; i++) {
         const x = screenX(i), y = screenY(i);
-        if (x < -30 || y < -30 || x > width + 30 || y > height + 30) continue;
+        if (x < -margin || y < -margin || x > width + margin || y > height + margin) continue;
         visible++;
         const k = group(i);
         if (!groups.has(k)) groups.set(k, []);
@@ -635,13 +666,13 @@
       }
       const pictures = visible <= Math.max(40, (width * height) / 2000);
       const least = Math.max(1.5, Math.min(4, 150 / Math.sqrt(n)));
-      const radius = Math.min(5, least * Math.sqrt(Math.max(1, view.zoom))), edge = 44;
+      const radius = Math.min(5, least * Math.sqrt(Math.max(1, view.zoom)));
       for (const [k, list] of groups) {
         context.fillStyle = k < 0 ? style.getPropertyValue("--quiet") : colour(k);
         for (const i of list) {
           const x = screenX(i), y = screenY(i), image = pictures ? small(i) : null;
           if (image) {
-            const fit = edge / Math.max(image.naturalWidth, image.naturalHeight);
+            const fit = size / Math.max(image.naturalWidth, image.naturalHeight);
             const w = image.naturalWidth * fit, h = image.naturalHeight * fit;
             context.fillRect(x - w / 2 - 2, y - h / 2 - 2, w + 4, h + 4);
             context.drawImage(image, x - w / 2, y - h / 2, w, h);
@@ -736,13 +767,13 @@
     canvas.addEventListener("pointermove", (event) => {
       const [x, y] = local(event), former = pointers.get(event.pointerId);
       if (event.pointerType === "mouse") pointer = [x, y];
-      if (!former) { hover(nearest(x, y, 24), false); return; }
+      if (!former) { hover(nearest(x, y, edge() / 2), false); return; }
       dragged += Math.abs(x - former[0]) + Math.abs(y - former[1]);
       const share = pointers.size;
       if (share === 2) {
         const [other] = [...pointers].find(([id]) => id !== event.pointerId).slice(1);
         const distance = (p) => Math.hypot(p[0] - other[0], p[1] - other[1]) || 1;
-        zoom(distance([x, y]) / distance(former), (x + other[0]) / 2, (y + other[1]) / 2);
+        zoom(distance([x, y]) / distance(former), (former[0] + other[0]) / 2, (former[1] + other[1]) / 2);
       }
       if (dragged > 4) { hover(-1, false); move((former[0] - x) / share, (former[1] - y) / share); }
       pointers.set(event.pointerId, [x, y]);
@@ -752,7 +783,7 @@
       const alone = pointers.size === 1;
       release(event);
       if (!alone || dragged > 4) return;
-      const i = nearest(...local(event), 24);
+      const i = nearest(...local(event), edge() / 2);
       if (i >= 0) location.hash = `#/image/${i}`;
     });
     canvas.addEventListener("pointercancel", release);
@@ -842,8 +873,10 @@
       [element("p", { className: "note" }, data.note)]), ...views[known]());
     if (known !== "search" && byId("query") !== document.activeElement) byId("query").value = "";
     for (const link of document.querySelectorAll("#views a")) {
-      if (link.dataset.view === known) link.setAttribute("aria-current", "page");
-      else link.removeAttribute("aria-current");
+      if (link.dataset.view !== known) { link.removeAttribute("aria-current"); continue; }
+      link.setAttribute("aria-current", "page");
+      const box = link.parentElement;
+      box.scrollLeft = link.offsetLeft - box.offsetLeft - (box.clientWidth - link.offsetWidth) / 2;
     }
     for (const radio of document.querySelectorAll("#scales input")) {
       radio.checked = Number(radio.value) === scaleIndex;
@@ -864,7 +897,8 @@
     } else if (location.hash === "#/clusters" || !location.hash) draw(["clusters"], true);
     else { lastView = ""; location.hash = "#/clusters"; }
   }
-  scales.forEach((scale, s) => byId("scales").append(element("label", {},
+  if (scales.length < 2) byId("scales").remove();
+  else scales.forEach((scale, s) => byId("scales").append(element("label", {},
     element("input", { type: "radio", name: "scale", value: s, onchange: () => setScale(s) }),
     String(scale.count))));
 

@@ -114,7 +114,6 @@ def write(
         "scales": [
             {
                 "count": scale.count,
-                "key": hashlib.sha256(scale.cluster.tobytes()).hexdigest()[:16],
                 "scores": scale.scores,
                 "cluster": packed(scale.cluster, "<u2"),
                 "certainty": packed(scale.certainty, "<f4"),

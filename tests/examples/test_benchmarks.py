@@ -1,4 +1,4 @@
-"""The benchmark of the losses does every size in one call."""
+"""The benchmark of the losses does every size in one call; the explorer's has its images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,3 +60,26 @@ def test_operators_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.sum(x, dim=0, out=x.new_empty(4))
         x.new_zeros(3)
     assert counter.count == 5
+
+
+@pytest.mark.parametrize("kind", ["photographs", "many"])
+def test_the_explorer_gets_its_images_and_an_empty_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import explore_quality
+
+    def explore(folder: Path, out: Path, *options: str) -> dict[str, float]:
+        assert len(list(folder.rglob("*.jpg"))) == 3
+        assert not out.exists()
+        assert folder not in (out, *out.parents)
+        for name in ("names", "features") if options else ():
+            assert len(np.load(options[1])[name]) == 3
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(explore_quality, "explore", explore)
+    monkeypatch.setattr(sys, "argv", ["x", f"--{kind}", "3", "--out", str(tmp_path)])
+    explore_quality.main()
+    stored = json.loads((tmp_path / f"explore_{kind}.json").read_text())
+    assert stored["settings"]["images"] == 3
+    assert [*stored["results"].values()] == [{"seconds": 1.0}]

