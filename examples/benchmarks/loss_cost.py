@@ -20,7 +20,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -360,7 +362,7 @@ def main() -> None:
     sizes = [(n, k) for n in GRID_N for k in GRID_K] if args.grid else list(TARGETS)
     sizes = [(n, k) for n, k in sizes if n in (args.n or [n]) and k in (heads or [k])]
     settings = {
-        "command": "python examples/benchmarks/loss_cost.py" + (" --grid" if args.grid else ""),
+        "command": shlex.join(["python", "examples/benchmarks/loss_cost.py", *sys.argv[1:]]),
         "torch": torch.__version__,
         "device": processor(device),
         "threads": torch.get_num_threads(),

@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -109,7 +111,7 @@ def main() -> None:
     ratios = [c / b for b, c in zip(seconds["BYOL"], seconds["C2BIN"], strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     settings = {
-        "command": f"python examples/benchmarks/step_cost.py --host {args.host}",
+        "command": shlex.join(["python", "examples/benchmarks/step_cost.py", *sys.argv[1:]]),
         "host": args.host,
         "torch": torch.__version__,
         "device": processor(device),

@@ -6,7 +6,7 @@ Rows: SimCLR, MoCo v2, BYOL and C2BIN with the settings that won in docs/results
 with the weights and the wiring of the paper's Table 5, C2BIN that looks for near neighbours in the
 second half of the run; untuned, IIC, PICA and CC. Scores are of test images, on frozen features;
 nothing is chosen by them. Writes NAME.md, NAME.json and NAME.png to --out. Ctrl-C at any time: the
-same command goes on.
+same command goes on; with --so-far it writes the tables of the epochs that are there.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from experiments.decisions import ONCE
 from experiments.methods import KINDS, METHODS
 from experiments.options import exit_code
 from experiments.report import HEAD, SCORES, cells, markdown, recorded, sentence
-from experiments.runs import Bench, Trial, parse_study, study_parser
-from experiments.store import Result
+from experiments.runs import Bench, Job, Trial, parse_study, study_parser
+from experiments.store import ExperimentError, Result
 from experiments.study import TUNED
+from experiments.training import Progress
 
 ROWS: dict[str, Trial] = {
     **{f"{METHODS[name].label}, tuned": trial for name, trial in TUNED.items()},
@@ -62,6 +65,28 @@ def table_of(curves: dict[str, dict[int, dict[str, float]]]) -> str:
     return markdown(["kNN k=200 / k-means NMI after epoch", *map(str, epochs)], rows)
 
 
+def reached(bench: Bench, trials: Sequence[Trial], args: Any) -> list[list[Result]]:
+    """Return for each trial what its runs have so far: results, or curves alone; train nothing."""
+    found = []
+    for trial in trials:
+        jobs = bench.jobs(trial, args.epochs, args.seeds)
+        found.append([result for job in jobs if (result := _reached(bench, job))])
+    if not any(found):
+        raise ExperimentError(f"--so-far: {args.out} has no run of these settings")
+    return found
+
+
+def _reached(bench: Bench, job: Job) -> Result | None:
+    path = bench.store.folder(job.name, job.settings) / "last.ckpt"
+    result = bench.store.result(job.name, job.settings)
+    if result is None and path.exists():
+        states = torch.load(path, weights_only=True, map_location="cpu")["callbacks"]
+        curve = states[Progress.__qualname__]["curve"]
+        seconds = statistics.median(row["seconds"] for row in curve)
+        result = {"curve": curve, "seconds_per_epoch": seconds}
+    return result
+
+
 def run(args: Any) -> None:
     """Train, write the tables and the picture."""
     from experiments.pictures import scores
@@ -69,28 +94,34 @@ def run(args: Any) -> None:
     bench = Bench(args, args.epochs)
     record = bench.about()
     record["settings"] |= {"epochs": args.epochs, "views": args.views}
-    bench.store.claim(args.name, record["settings"], args.overwrite)
+    bench.store.claim(args.name, record["settings"], args.overwrite or args.so_far)
     trials = {row: ROWS[row] for row in args.rows}
-    results = bench.results("curves", [*trials.values()], args.epochs, args.seeds, final=True)
-    found: dict[str, Sequence[Result]] = dict(zip(trials, results, strict=True))
-    curves = {row: points(each[0]) for row, each in found.items()}
-    table = [[row, *cells(each)] for row, each in found.items()]
-    seconds = ", ".join(f"{row} {each[0]['seconds_per_epoch']:.1f}" for row, each in found.items())
-    text = "\n\n".join(
-        [
-            table_of(curves),
-            markdown(["at the end", *HEAD], table),
-            f"{sentence(record['settings'])} {args.epochs} epochs; curves of seed {args.seeds[0]}. "
-            f"{SCORES} On the way k-means is fitted on at most 10,000 images, with three starts. "
-            f"Seconds an epoch: {seconds}.",
-            f"![Scores while training]({args.name}.png)",
-        ]
+    results = (
+        reached(bench, [*trials.values()], args)
+        if args.so_far
+        else bench.results("curves", [*trials.values()], args.epochs, args.seeds, final=True)
     )
+    found = {row: each for row, each in zip(trials, results, strict=True) if each}
+    curves = {row: points(each[0]) for row, each in found.items()}
+    ended = {row: each for row, each in found.items() if all("knn200" in one for one in each)}
+    open_rows = [f"{row} {len(found[row][0]['curve'])}" for row in found if row not in ended]
+    seconds = ", ".join(f"{row} {each[0]['seconds_per_epoch']:.1f}" for row, each in found.items())
+    parts = [table_of(curves)]
+    if ended:
+        parts += [markdown(["at the end", *HEAD], [[row, *cells(ended[row])] for row in ended])]
+    parts += [
+        f"{sentence(record['settings'])} {args.epochs} epochs; curves of seed {args.seeds[0]}. "
+        f"{SCORES} On the way k-means is fitted on at most 10,000 images, with three starts. "
+        f"Seconds an epoch: {seconds}."
+    ]
+    if open_rows:
+        parts += [f"Not at their end, whole epochs so far: {', '.join(open_rows)}."]
+    text = "\n\n".join([*parts, f"![Scores while training]({args.name}.png)"])
     record["rows"] = [
         {
             "row": row,
             **vars(trials[row]),
-            "results": recorded(each, args.seeds),
+            "results": recorded(each, args.seeds[: len(each)]),
             "curve": curves[row],
         }
         for row, each in found.items()
@@ -106,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument_group("curves").add_argument
     add("--epochs", type=int, default=60, help="default: 60")
     add("--rows", nargs="+", choices=[*ROWS], default=[*ROWS], metavar="ROW", help="default: all")
+    add("--so-far", action="store_true", help="train nothing: the tables of what is there by now")
     add("--name", default="learning_curves", help="of the files (default: learning_curves)")
     parser.set_defaults(batch_size=256, seeds=[1], curves="all")
     args = parse_study(parser, argv, epochs=1)

@@ -13,6 +13,7 @@ from experiments import decisions, learning_curves
 from experiments.methods import VariedC2BIN
 from experiments.study import TUNED
 from experiments.targets import NearestFeatures, Sharpened, TemperedHead
+from experiments.training import Progress
 from PIL import Image
 from torch import nn
 
@@ -123,6 +124,32 @@ def test_curves_of_long_runs(tmp_path: Path) -> None:
         assert row["curve"]["2"]["knn200"] == end["knn200"]
     with Image.open(tmp_path / "learning_curves.png") as picture:
         assert picture.width > 900
+
+
+def test_curves_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*SMALL, "--epochs", "3", "--seeds", "0", "--out", str(tmp_path)]
+    command += ["--rows", "BYOL, tuned", "SimCLR, tuned"]
+    assert learning_curves.main([*command, "--so-far"]) == 2  # nothing is there
+    end = Progress.on_train_epoch_end
+
+    def stopped(self: Progress, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 2 and "BYOL" in self.label:
+            raise KeyboardInterrupt
+        end(self, trainer, module)
+
+    monkeypatch.setattr(Progress, "on_train_epoch_end", stopped)
+    assert learning_curves.main(command) == 130
+    monkeypatch.undo()
+    assert learning_curves.main([*command, "--so-far"]) == 0
+    record = json.loads((tmp_path / "learning_curves.json").read_text())
+    curves = {row["row"]: [*row["curve"]] for row in record["rows"]}
+    assert curves == {"SimCLR, tuned": ["1", "2", "3"], "BYOL, tuned": ["1", "2"]}
+    said = (tmp_path / "learning_curves.md").read_text()
+    assert "whole epochs so far: BYOL, tuned 2." in said
+    assert len([line for line in said.splitlines() if line.startswith("| SimCLR, tuned")]) == 2
+    assert len([line for line in said.splitlines() if line.startswith("| BYOL, tuned")]) == 1
+    assert learning_curves.main(command) == 0  # and goes on
+    assert "so far" not in (tmp_path / "learning_curves.md").read_text()
 
 
 def test_every_way_beyond_the_paper_trains(tmp_path: Path) -> None:
