@@ -469,10 +469,16 @@ def c2bin_statistics(
         return _total(sums, gather_distributed).flat()
 
 
-def _contrast(*given: Any) -> _formulas.Contrast:
-    options = _formulas.Contrast(*given)
-    _checks.options(**options._asdict())
-    return options
+def _contrast(
+    temperature: Any, similarity: str, positive_in_denominator: bool, symmetric: bool
+) -> _formulas.Contrast:
+    _checks.options(
+        temperature=temperature,
+        similarity=similarity,
+        positive_in_denominator=positive_in_denominator,
+        symmetric=symmetric,
+    )
+    return _formulas.Contrast(temperature, similarity, positive_in_denominator, symmetric)
 
 
 def _batch(

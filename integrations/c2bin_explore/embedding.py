@@ -24,7 +24,9 @@ from c2bin_ext.clustering import C2BINClustering
 from c2bin_ext.heads import MultiScaleClusterHead
 
 SCRATCH = "scratch:"
-_BATCH = 64
+# Of images: on a CPU few, whose activations stay in its caches, which at 224 px takes two thirds of
+# the time of 64.
+_BATCH, _BATCH_ON_CPU = 256, 16
 _KEY = "c2bin_explore"
 # Convolutional networks see images of up to this side enlarged to that, and not to their own size,
 # which would take five times as long and shows no more.
@@ -114,10 +116,11 @@ class Embedder:
         module = self.network.features.to(self.device)
         module = module.to(memory_format=torch.channels_last)
         parts = []
+        size = _BATCH_ON_CPU if torch.device(self.device).type == "cpu" else _BATCH
         with torch.random.fork_rng():
             # The same images have the same views, whatever was embedded before.
             torch.manual_seed(zlib.crc32(squares.tobytes()))
-            for batch in torch.split(torch.from_numpy(squares), _BATCH):
+            for batch in torch.split(torch.from_numpy(squares), size):
                 images = batch.permute(0, 3, 1, 2).to(self.device)
                 seen = [images.float() / 255, *(view(images) for _ in range(self.views))]
                 rows = [
