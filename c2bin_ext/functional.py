@@ -501,7 +501,7 @@ def _batch(
                 f"target_assignments: expected heads of {wanted} clusters as assignments has, "
                 f"got {given}"
             )
-    for name, tensor in (named | fixed).items():
+    for name, tensor in [*named.items(), *fixed.items()]:
         _checks.same_rows(name, tensor, *like)
     sums = BatchStatistics.of(
         aligned, assignments, target_assignments or (), contrast=similarity, closed_form=True

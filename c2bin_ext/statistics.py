@@ -213,7 +213,7 @@ class BatchStatistics:
         for group in self.groups:
             size = 3 * len(group.layout.num_clusters)
             groups.append(HeadStatistics(*joined(sums[:size]), *group[3:5], scale))
-            del sums[:size]
+            sums = sums[size:]
         return BatchStatistics(cosines, count, groups)
 
     def _parts(self) -> list[Tensor]:

@@ -139,6 +139,9 @@ evaluated_heads = over("n = 1", where=lambda case: case.name.startswith("head"))
 
 class TestExport:
     @evaluated_heads
+    @pytest.mark.skipif(
+        torch.__version__.startswith("2.2."), reason="torch 2.2 exports no dynamic batch of a head"
+    )
     def test_head_with_a_dynamic_batch(self, case: Case) -> None:
         head = case.build()
         batch = torch.export.Dim("n", min=2, max=1024)
