@@ -41,7 +41,7 @@ def test_a_step_over_ranks_reads_no_value(case: Case) -> None:
 def test_reading_a_value_would_be_seen(case: Case) -> None:
     module = case.build(validate_args=True).to("meta")
     arguments = tree_map(lambda t: t.to("meta"), case.arguments())
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         module(*arguments)
 
 
