@@ -68,8 +68,8 @@ class C2BINLossOutput(NamedTuple):
     Attributes:
         loss: `alignment + λ_clust (contrast + λ_ent entropy)`, what to minimise.
         alignment: Eq. 1, averaged over the directions in use.
-        contrast: as in `ClusterLossOutput`.
-        entropy: as in `ClusterLossOutput`.
+        contrast: Eq. 4, summed over scales.
+        entropy: `log K - H` of Eq. 5, summed over scales and averaged over the two views.
     """
 
     loss: Tensor
