@@ -67,6 +67,7 @@ examples: setup  ## every example by its command, at a size that only shows that
 	$(BIN)/python examples/study.py --methods c2bin --trials 1 --rungs 1 $(TINY) --out build/study
 	$(BIN)/python examples/decisions.py --only default $(TINY) --out build/decisions
 	$(BIN)/python examples/gradient_sizes.py $(TINY) --out build/gradients
+	$(BIN)/python examples/learning_curves.py $(TINY) --tensor-views --out build/curves
 
 coverage: setup  ## lines and branches of the core that its tests run, with a floor
 	$(BIN)/python -m pytest tests/test_*.py tests/testing --ignore tests/test_docs.py \
