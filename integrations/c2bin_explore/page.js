@@ -91,7 +91,9 @@
     names[own] = note;
     return best > 0;
   }
-  const homeless = notes.clusters.sort((a, b) => b.size - a.size).filter((note) => !adopt(note));
+  // Of several that find the same place the first keeps it.
+  const byRank = (a, b) => b.size - a.size || a.count - b.count || (a.name < b.name ? -1 : 1);
+  const homeless = notes.clusters.sort(byRank).filter((note) => !adopt(note));
   function keep() {
     notes.clusters = [...homeless, ...scales.flatMap((scale) => Object.values(scale.names))];
     notes.selected = [...selected].map((i) => data.names[i]);
@@ -454,7 +456,7 @@
         }
       }
       const found = Object.values(groups).map((note) => ({ ...note, size: note.files.length }));
-      homeless.push(...found.sort((a, b) => a.size - b.size).filter((note) => !adopt(note, true)));
+      homeless.push(...found.sort(byRank).reverse().filter((note) => !adopt(note, true)));
       keep();
       status.textContent = said.textContent = `Taken in: the names and tags of ${images(known)}.`;
     };
