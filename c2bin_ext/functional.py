@@ -287,8 +287,7 @@ def cluster_entropy_regularizer(
     sums = BatchStatistics.of(views=[[assignments]], closed_form=True)
     _checks.not_logits({"assignments": assignments}, sums.mass)
     total = _total(sums, gather_distributed)
-    entropy = _formulas.cluster_terms(total)[1]
-    return entropy * total.count if reduction == "sum" else entropy
+    return _reduced(_formulas.cluster_terms(total)[1], total, reduction)
 
 
 def multi_scale_cluster_loss(
@@ -377,11 +376,16 @@ def c2bin_loss(
             and p1 with z0.
         assignments: (heads of view 0, heads of view 1), see `multi_scale_cluster_loss`.
         cluster_weight: λ_clust >= 0.
+        entropy_weight: λ_ent >= 0.
+        temperature, similarity, positive_in_denominator, symmetric: see `bca_contrastive_loss`.
         symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
             the first, as printed, and p1 and z0 are not read.
-        entropy_weight, temperature, similarity: see `multi_scale_cluster_loss`.
-        positive_in_denominator, symmetric, reduction, target_assignments: likewise.
-        gather_distributed, validate_args: likewise; still one all-reduce for all terms together.
+        reduction: see `cluster_entropy_regularizer`.
+        gather_distributed: the exact loss and gradient of the global batch of all ranks, with one
+            all-reduce for all terms together, see `multi_scale_cluster_loss`.
+        validate_args: check that values are finite and rows of assignments sum to 1; waits for
+            the GPU.
+        target_assignments: contrast with the follower's, see `multi_scale_cluster_loss`.
         statistics: the sum of `c2bin_statistics` over the micro-batches of a batch. The loss is
             then that of the batch, and the gradients of its micro-batches add up to that of the
             batch.
@@ -391,8 +395,9 @@ def c2bin_loss(
         scales, and no weight is applied to the last three.
 
     Raises:
-        TypeError, ValueError: as `multi_scale_cluster_loss`, and likewise for predictions, targets
-            and λ_clust.
+        TypeError: something is not a floating-point tensor, no pair, or an option of wrong type.
+        ValueError: shapes, devices or numbers of heads that do not fit, values < 0 of assignments
+            on the CPU (logits), an unknown option, τ <= 0, or a weight < 0.
 
     Examples:
         >>> import torch
@@ -535,8 +540,12 @@ def _cluster_terms(
     sums: BatchStatistics, options: _formulas.Contrast, entropy_weight: float, reduction: str
 ) -> ClusterLossOutput:
     contrast, entropy = _formulas.cluster_terms(sums, options)
-    entropy = entropy * sums.count if reduction == "sum" else entropy
+    entropy = _reduced(entropy, sums, reduction)
     return ClusterLossOutput(torch.add(contrast, entropy, alpha=entropy_weight), contrast, entropy)
+
+
+def _reduced(entropy: Tensor, sums: BatchStatistics, reduction: str) -> Tensor:
+    return entropy * sums.count if reduction == "sum" else entropy
 
 
 def _check_embeddings(

@@ -77,10 +77,17 @@ class MultiScaleClusterHead(nn.Module):
     def logits(self, features: Tensor) -> tuple[Tensor, ...]:
         """Scores of every head before the softmax, `W_K r + b_K`.
 
-        The arguments of the softmax in Eq. 2, shaped as the call's results; it raises as the call.
+        Formula: `z = W r + b`, the argument of the softmax in Eq. 2.
 
         Args:
             features: the runner's backbone features, (n, d).
+
+        Returns:
+            A tuple with one (n, K) tensor per head, float32 (float64 stays).
+
+        Raises:
+            TypeError: features that are not floating-point.
+            ValueError: features that are not (n, d), n >= 1, or lie on another device.
 
         Examples:
             >>> import torch
@@ -88,6 +95,8 @@ class MultiScaleClusterHead(nn.Module):
             >>> coarse, fine = MultiScaleClusterHead(8, (4, 16)).logits(torch.randn(2, 8))
             >>> fine.shape
             torch.Size([2, 16])
+
+        Source: C2BIN, section 3.3.
         """
         return torch.split(self._scores(features), list(self.num_clusters), dim=1)
 

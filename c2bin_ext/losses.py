@@ -60,13 +60,16 @@ class BootstrapAlignmentLoss(_Loss):
     targets are detached inside.
 
     Args:
-        gather_distributed, validate_args: see `functional.bootstrap_alignment_loss`.
+        gather_distributed: average over the instances of all ranks; matters only where ranks hold
+            different numbers of instances.
+        validate_args: check that all values are finite; waits for the GPU.
 
     Returns:
         Called with `prediction` (n, d) and `target` (n, d): a 0-dim loss in [0, 2].
 
     Raises:
-        TypeError, ValueError: as `functional.bootstrap_alignment_loss`.
+        TypeError: an argument of the wrong type.
+        ValueError: at the call, shapes or devices that do not fit.
 
     Examples:
         >>> import torch
@@ -92,14 +95,22 @@ class BCAContrastiveLoss(_Loss):
     where the columns of C' and C'' are the BCAs of the two views.
 
     Args:
-        temperature, similarity, positive_in_denominator: see `functional.bca_contrastive_loss`.
-        symmetric, gather_distributed, validate_args: likewise.
+        temperature: τ > 0.
+        similarity: `"cosine"` divides every column by its norm over the batch; `"dot"` is the
+            formula as printed.
+        positive_in_denominator: whether `D(k)` holds k; the printed indicator leaves it out.
+        symmetric: average both directions; otherwise only view 0 to view 1, as printed.
+        gather_distributed: contrast the columns of the global batch, over all ranks. The loss and,
+            after DDP's averaging, the gradient are those of one process on the whole batch.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
 
     Returns:
         Called with `assignments0` (n, K) and `assignments1` (n, K): a 0-dim loss.
 
     Raises:
-        TypeError, ValueError: as `functional.bca_contrastive_loss`.
+        TypeError: an argument of the wrong type.
+        ValueError: τ <= 0 or an unknown option; at the call, shapes or devices that do not fit, or
+            values < 0 on the CPU (logits).
 
     Examples:
         >>> import torch
@@ -133,13 +144,18 @@ class ClusterEntropyRegularizer(_Loss):
     clusters are balanced and log K when one holds everything; its gradient is that of -H.
 
     Args:
-        reduction, gather_distributed, validate_args: see `functional.cluster_entropy_regularizer`.
+        reduction: `"mean"` takes the entropy of the shares ŝ; `"sum"` multiplies by the number of
+            instances n, as the raw masses of the printed formula do.
+        gather_distributed: balance clusters over the global batch of all ranks.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
 
     Returns:
         Called with `assignments` (n, K): a 0-dim loss.
 
     Raises:
-        TypeError, ValueError: as `functional.cluster_entropy_regularizer`.
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown reduction; at the call, shapes that do not fit, or values < 0 on the
+            CPU (logits).
 
     Examples:
         >>> import torch
@@ -168,9 +184,12 @@ class MultiScaleClusterLoss(_Loss):
     Formula: `L_clust = Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
 
     Args:
-        entropy_weight, temperature, similarity: see `functional.multi_scale_cluster_loss`.
-        positive_in_denominator, symmetric, reduction: likewise.
-        gather_distributed, validate_args: likewise.
+        entropy_weight: λ_ent >= 0.
+        temperature, similarity, positive_in_denominator, symmetric: see `BCAContrastiveLoss`.
+        reduction: see `ClusterEntropyRegularizer`.
+        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
+            global batch over all ranks, with one all-reduce.
+        validate_args: check that values are finite and rows sum to 1; waits for the GPU.
 
     Returns:
         Called with `assignments` (heads of view 0, heads of view 1), each a sequence of (n, K):
@@ -179,7 +198,9 @@ class MultiScaleClusterLoss(_Loss):
         contrasted with the follower's other view, which gets no gradient.
 
     Raises:
-        TypeError, ValueError: as `functional.multi_scale_cluster_loss`.
+        TypeError: an argument of the wrong type.
+        ValueError: τ <= 0, λ_ent < 0, an unknown option; at the call, shapes, devices or numbers of
+            heads that do not fit, or values < 0 on the CPU (logits).
 
     Examples:
         >>> import torch
@@ -220,9 +241,16 @@ class C2BINLoss(_Loss):
     Formula: `L = L_align + λ_clust Σ_K (L_bca + λ_ent L_ent)`, summed over the scales K.
 
     Args:
-        cluster_weight, entropy_weight, temperature, similarity: see `functional.c2bin_loss`.
-        positive_in_denominator, symmetric, symmetric_alignment, reduction: likewise.
-        gather_distributed, validate_args: likewise.
+        cluster_weight: λ_clust >= 0.
+        entropy_weight: λ_ent >= 0.
+        temperature, similarity, positive_in_denominator, symmetric: see `BCAContrastiveLoss`.
+        symmetric_alignment: average the alignment of p0 with z1 and of p1 with z0; otherwise only
+            the first, as printed, and p1 and z0 are not read.
+        reduction: see `ClusterEntropyRegularizer`.
+        gather_distributed: the exact loss, and after DDP's averaging the exact gradient, of the
+            global batch over all ranks, with one all-reduce.
+        validate_args: check that values are finite and rows of assignments sum to 1; waits for
+            the GPU.
 
     Returns:
         Called with `predictions` (p0, p1), `targets` (z0, z1), each (n, d), and `assignments`
@@ -232,7 +260,9 @@ class C2BINLoss(_Loss):
         micro-batches: see the method of that name.
 
     Raises:
-        TypeError, ValueError: as `functional.c2bin_loss`.
+        TypeError: an argument of the wrong type.
+        ValueError: τ <= 0, a weight < 0, an unknown option; at the call, shapes, devices or
+            numbers of heads that do not fit, or assignments < 0 on the CPU (logits).
 
     Examples:
         >>> import torch

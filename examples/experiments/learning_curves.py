@@ -94,7 +94,7 @@ def run(args: Any) -> None:
     bench = Bench(args, args.epochs)
     record = bench.about()
     record["settings"] |= {"epochs": args.epochs, "views": args.views}
-    bench.store.claim(args.name, record["settings"], args.overwrite or args.so_far)
+    bench.store.claim(args.name, record["settings"], args.overwrite)
     trials = {row: ROWS[row] for row in args.rows}
     results = (
         reached(bench, [*trials.values()], args)

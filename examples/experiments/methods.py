@@ -22,10 +22,11 @@ from torch.nn.functional import normalize
 from torchvision.transforms.v2 import Normalize
 
 from c2bin_ext import C2BINLoss, MultiScaleClusterHead
+from c2bin_ext._hosts import steps_of
 from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regularizer
 from experiments.options import BACKBONES
 from experiments.rivals import Clustering, ContrastiveClustering
-from experiments.targets import NearestFeatures, Sharpened, TemperedHead
+from experiments.targets import LastRows, NearestFeatures, Sharpened, TemperedHead
 
 Views = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -48,7 +49,7 @@ class StandardizedHead(MultiScaleClusterHead):
         return assignments
 
 
-class AssignmentQueue(nn.Module):
+class AssignmentQueue(LastRows):
     """The last assignments of both views and all heads, without gradient.
 
     Args:
@@ -56,25 +57,16 @@ class AssignmentQueue(nn.Module):
         num_clusters: K of each head.
     """
 
-    rows: Tensor
-    seen: Tensor
-
     def __init__(self, size: int, num_clusters: Sequence[int]) -> None:
-        super().__init__()
-        self.size, self.num_clusters = size, list(num_clusters)
         # A row per image: all heads side by side, view 0 and then view 1.
-        self.register_buffer("rows", torch.zeros(size, 2 * sum(num_clusters)))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        super().__init__(size, 2 * sum(num_clusters))
+        self.num_clusters = list(num_clusters)
 
     def forward(self, heads: Views) -> Views:
         """Return assignments with the rows kept below them; keep these in place of the oldest."""
         batch = torch.cat([*heads[0], *heads[1]], dim=1)
-        past = self.rows[: min(self.size, int(self.seen))]
-        both = torch.cat([batch, past.clone()])
-        kept = batch.detach()[-self.size :].to(self.rows.dtype)
-        places = (int(self.seen) + torch.arange(len(kept), device=batch.device)) % self.size
-        self.rows[places] = kept
-        self.seen += len(kept)
+        both = torch.cat([batch, self.rows[: int(self.seen)]])
+        self.keep(batch)
         parts = both.split([*self.num_clusters, *self.num_clusters], dim=1)
         heads_of = len(self.num_clusters)
         return parts[:heads_of], parts[heads_of:]
@@ -219,7 +211,8 @@ class VariedC2BIN(C2BIN):
 
     def done(self) -> float:
         """Return the part of the run that is behind."""
-        return self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+        steps = steps_of(self.trainer, "warmup and neighbours, which are parts of the run")
+        return self.global_step / max(1, steps)
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Take `((view0, view1), labels, small0, small1, …)`."""

@@ -118,10 +118,7 @@ def perform(
             settings,
             args,
             tqdm(disable=True) if overall is None else overall,
-            views=views
-            and StoredViews(
-                views[0], Views(images, settings["dataset"], settings["seed"]), views[1]
-            ),
+            views=views and stored(job, *views),
             scored=settings["curves"],
         )
     if not evaluates:
@@ -238,9 +235,15 @@ def stored_views(
     return found
 
 
+def stored(job: Job, path: Path, epochs: int) -> StoredViews:
+    """Return the views of one seed; make them if they are not there."""
+    settings = job.settings
+    return StoredViews(path, Views(job.images, settings["dataset"], settings["seed"]), epochs)
+
+
 def store_views(job: Job, path: Path, epochs: int) -> None:
-    """Make the views of one seed, if they are not there."""
-    StoredViews(path, Views(job.images, job.settings["dataset"], job.settings["seed"]), epochs)
+    """Make the views of one seed, if they are not there; in a process that returns nothing."""
+    stored(job, path, epochs)
 
 
 def settings_of(

@@ -59,21 +59,34 @@ class Sharpened(nn.Module):
         return self.loss(predictions, targets, heads, target_assignments=sharp)
 
 
-class NearestFeatures(nn.Module):
-    """A queue of features of other images, which gives the nearest of them.
+class LastRows(nn.Module):
+    """A queue: the last rows, without gradient.
 
     Args:
         size: Rows that are kept.
-        features: Length of a row.
+        width: Length of a row.
     """
 
     rows: Tensor
     seen: Tensor
 
-    def __init__(self, size: int, features: int) -> None:
+    def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.zeros(size, features))
+        self.register_buffer("rows", torch.zeros(size, width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def keep(self, batch: Tensor) -> None:
+        """Keep the rows of a batch in place of the oldest."""
+        size = len(self.rows)
+        kept = batch[-size:].to(self.rows.dtype)
+        places = torch.arange(len(kept), device=batch.device) + self.seen
+        self.rows[places % size] = kept
+        self.seen += len(kept)
+
+
+class NearestFeatures(LastRows):
+    """A queue of features of other images, which gives the nearest of them."""
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
@@ -81,10 +94,3 @@ class NearestFeatures(nn.Module):
         cosines = normalize(features.float()) @ normalize(self.rows).t()
         empty = torch.arange(len(self.rows), device=features.device) >= self.seen
         return self.rows[cosines.masked_fill(empty, -2).argmax(dim=1)].to(features.dtype)
-
-    @torch.no_grad()
-    def keep(self, features: Tensor) -> None:
-        """Keep rows in place of the oldest."""
-        places = torch.arange(len(features), device=features.device) + self.seen
-        self.rows[places % len(self.rows)] = features.to(self.rows.dtype)
-        self.seen += len(features)

@@ -1738,10 +1738,16 @@ def test_map_in_a_browser(run: Run, page: _chromium.Browser) -> None:
     page.wait("!document.querySelector('.tip').hidden")
     page.keys("+", "+", "+", "+", "+", "+", "+")
     page.wait(f"{visible} < {n}")
+    opens_near(page, run, i, x, y)
+
+
+def opens_near(page: _chromium.Browser, run: Run, i: int, x: float, y: float) -> None:
+    """A click at a place of the map opens image i, or one that lies beside it."""
+    positions = np.array(run.data["positions"]).reshape(-1, 2)
     page.point(x, y, press=True)
     page.wait("document.querySelector('dialog').open")
     opened = page.run("return document.getElementById('detail-name').textContent")
-    near = [j for j in range(n) if np.hypot(*(positions[j] - positions[i])) < 0.03]
+    near = [j for j, place in enumerate(positions) if np.hypot(*(place - positions[i])) < 0.03]
     assert opened in {run.data["names"][j] for j in near}
     page.keys("Escape")
 
@@ -1763,12 +1769,7 @@ def test_fingers_on_the_map(run: Run, page: _chromium.Browser) -> None:
     )
     page.pinch(x, y, 10, 50)
     page.wait(f"{visible} < {n}")
-    page.point(x, y, press=True)
-    page.wait("document.querySelector('dialog').open")
-    opened = page.run("return document.getElementById('detail-name').textContent")
-    near = [j for j in range(n) if np.hypot(*(positions[j] - positions[i])) < 0.03]
-    assert opened in {run.data["names"][j] for j in near}
-    page.keys("Escape")
+    opens_near(page, run, i, x, y)
     page.size(1280, 900)
 
 
