@@ -198,8 +198,9 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         Args:
             X: features, (n, d): a numpy array or memory map, or a torch tensor.
             y: ignored; scikit-learn passes it.
-            views: features of v augmented views of the same images, (v, n, d). They are most of
-                the lead over k-means: store them if the images are at hand.
+            views: features of v augmented views of the same images, (v, n, d), to which X is
+                added as one more. They are most of the lead over k-means: store them if the
+                images are at hand.
             callback: is called after every epoch with its number, from 1 to `max_epochs` at most,
                 and its mean loss; with 1 again where another start or weight is tried.
 
@@ -230,7 +231,9 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         second = rows[None]
         if views is not None:
             stored = _checked_views(views, n, d)
-            second = torch.stack([self._projected(view, "views") for view in stored]).to(device)
+            # The rows stay among them: they are what is predicted, and a view may be a bad one.
+            augmented = torch.stack([self._projected(view, "views") for view in stored])
+            second = torch.cat([second, augmented.to(device)])
         progress("neighbours")
         nearest = _nearest(rows, min(self.n_neighbors, n - 1), seeds[0])
         # Where nothing but the neighbour differs between the views, more of them serve better than

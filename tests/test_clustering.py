@@ -368,6 +368,13 @@ def test_one_cluster_agrees_in_nothing() -> None:
     )
 
 
+def test_views_that_show_nothing_leave_the_rows_in_charge(data: tuple[Any, Any]) -> None:
+    features, classes = data
+    noise = np.random.default_rng(0).permuted(features, axis=0)[None]
+    model = C2BINClustering(4, entropy_weight=1.0, **SMALL).fit(features, views=noise)
+    assert adjusted_rand_score(classes, model.labels_) > 0.9
+
+
 def test_agreement_of_views_is_of_what_the_views_share() -> None:
     nearest = torch.arange(1, 2001)[:, None] % 2000
     pairs = clustering._Pairs(torch.zeros(2, 2000, 1), nearest, torch.ones(2000), 0)

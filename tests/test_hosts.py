@@ -1,4 +1,4 @@
-"""Whole files: what adapters and examples write is there whole or not at all."""
+"""Whole files, there whole or not at all, and what a message says of a batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from c2bin_ext._hosts import epoch_checkpoint, whole_file
+from c2bin_ext._hosts import described, epoch_checkpoint, whole_file
 
 
 def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -55,3 +56,11 @@ def test_all_processes_take_part_in_a_checkpoint_and_the_first_one_writes(
     epoch_checkpoint(tmp_path / "last.ckpt").on_train_epoch_end(trainer, None)
     assert len(asked) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"] * first
+
+
+def test_a_batch_is_described_two_levels_deep() -> None:
+    image = torch.zeros(4, 3, 8, 8)
+    batch = [(image, [image]), torch.zeros(4), {"name": 1}, None, 5]
+    tensor = "a tensor of shape (4, 3, 8, 8)"
+    expected = f"[[{tensor}, list], a tensor of shape (4,), dict, NoneType, …]"
+    assert described(batch) == expected

@@ -119,8 +119,13 @@ def test_main_prints_what_is_installed(
 def test_main_names_the_extras_of_the_project() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = set(project["optional-dependencies"]) - {"docs", "dev"}
-    assert set(__main__._EXTRAS) == extras
+    extras = project["optional-dependencies"]
+    assert set(__main__._EXTRAS) == set(extras) - {"docs", "dev"}
+    # solo-learn comes without pip's help, pytorch-lightning with lightly.
+    elsewhere = {"solo-learn", "pytorch-lightning"}
+    for extra, packages in __main__._EXTRAS.items():
+        wanted = " ".join(extras[extra])
+        assert all(package in wanted for package in set(packages) - elsewhere), extra
 
 
 def test_star_import() -> None:

@@ -250,6 +250,7 @@ def test_losses_that_raise(kind: Any) -> None:
     with pytest.raises(InvariantsError) as caught:
         check_invariants(loss, kind, max_examples=25)
     failed = caught.value.report.failed
+    assert str(caught.value) == str(caught.value.report)
     assert "every_input_matters" in failed
     raised = [error for error in failed.values() if isinstance(error, LossRaisedError)]
     assert len(raised) > 5

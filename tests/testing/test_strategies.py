@@ -158,6 +158,8 @@ def test_shards_are_uneven() -> None:
         (lambda: testing.embeddings(features=0), "features: expected an int or range >= 1"),
         (lambda: testing.paired_embeddings(relations=[]), "relations: expected a sequence"),
         (lambda: testing.scales(clusters=1), "clusters: expected"),
+        (lambda: testing.shards(rows=0), "rows: expected an int or range >= 1"),
+        (lambda: testing.paired_assignments(rows=0), "rows: expected an int or range >= 1"),
         (lambda: testing.dtypes(only=[]), "only: expected a sequence"),
     ],
 )
