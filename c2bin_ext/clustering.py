@@ -111,7 +111,6 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             earlier where the loss does.
         batch_size: rows a step; all of them if there are fewer.
         learning_rate: of AdamW.
-        n_init: how often to train, from another start each; the run of the smallest loss is kept.
         device: `"auto"` (a GPU if there is one) or what `torch.device` takes.
         random_state: an int makes results reproducible; or a numpy RandomState to draw from, or
             None. Global random states of torch and numpy are never touched.
@@ -168,7 +167,6 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         max_epochs: int = 60,
         batch_size: int = 512,
         learning_rate: float = 1e-3,
-        n_init: int = 1,
         device: str = "auto",
         random_state: Any = None,
         verbose: bool = False,
@@ -181,7 +179,6 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         self.max_epochs = max_epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
-        self.n_init = n_init
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
@@ -202,7 +199,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                 added as one more. They are most of the lead over k-means: store them if the
                 images are at hand.
             callback: is called after every epoch with its number, from 1 to `max_epochs` at most,
-                and its mean loss; with 1 again where another start or weight is tried.
+                and its mean loss; with 1 again where another weight is tried.
 
         Returns:
             The estimator itself. Ctrl-C in training ends it with a warning, and what was learned
@@ -222,7 +219,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         # By scikit-learn's convention None would draw from numpy's global state.
         given = self.random_state
         source = np.random.RandomState() if given is None else check_random_state(given)
-        seeds = [int(seed) for seed in source.randint(2**31 - 1, size=1 + self.n_init)]
+        for_parts, seed = (int(drawn) for drawn in source.randint(2**31 - 1, size=2))
         device = _device(self.device)
         progress = _Progress(self.verbose, callback)
         progress(f"{n} rows of {d} features: standardising")
@@ -235,7 +232,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             augmented = torch.stack([self._projected(view, "views") for view in stored])
             second = torch.cat([second, augmented.to(device)])
         progress("neighbours")
-        nearest = _nearest(rows, min(self.n_neighbors, n - 1), seeds[0])
+        nearest = _nearest(rows, min(self.n_neighbors, n - 1), for_parts)
         # Where nothing but the neighbour differs between the views, more of them serve better than
         # mutual ones, which are nearer to being of one class.
         counts = torch.full_like(nearest[:, 0], nearest.shape[1])
@@ -244,25 +241,23 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             if views is None
             else _Pairs(second, *_mutual(nearest), self._jitter[1])
         )
-        starts = []
-        for seed in seeds[1:]:
-            progress("k-means, to start from")
-            starts.append(_Start.of(rows, pairs, scales, seed))
-        best = self._best(pairs, starts, weights[0], progress)
-        before = max(starts, key=lambda start: start.agreement[0])
-        if weights[1:] and not best.interrupted and best.agreement[0] < before.agreement[0]:
+        progress("k-means, to start from")
+        start = _Start.of(rows, pairs, scales, seed)
+        best = self._train(pairs, start, weights[0], progress)
+        if weights[1:] and not best.interrupted and best.agreement[0] < start.agreement[0]:
             progress("k-means agrees more with neighbours: other weights of the entropy")
             tried = [best]
             while len(tried) < len(weights) and not tried[-1].interrupted:
-                tried.append(self._best(pairs, starts, weights[len(tried)], progress))
+                tried.append(self._train(pairs, start, weights[len(tried)], progress))
             best = max(tried, key=lambda run: run.agreement[0])
-            if best.agreement[0] < before.agreement[0]:
+            if best.agreement[0] < start.agreement[0]:
                 progress("k-means still agrees more: its clusters are kept")
                 best = replace(
-                    best, head=before.head, entropy_weight=None, agreement=before.agreement
+                    best, head=start.head, entropy_weight=None, agreement=start.agreement
                 )
         self.head_ = best.head.cpu().double()
-        self.losses_, self.loss_, self.n_iter_ = best.losses, best.loss, len(best.losses)
+        self.losses_, self.n_iter_ = best.losses, len(best.losses)
+        self.loss_ = best.losses[-1] if best.losses else math.inf
         self.entropy_weight_, self.agreement_per_scale_ = best.entropy_weight, best.agreement
         # One block's assignments at a time: those of all rows and scales may not fit.
         labels = [
@@ -353,7 +348,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"n_clusters: expected an int >= 2 or several, got {given!r}")
         for k in scales:
             _whole("n_clusters", k, 2)
-        for name in ("n_neighbors", "max_epochs", "n_init"):
+        for name in ("n_neighbors", "max_epochs"):
             _whole(name, getattr(self, name), 1)
         _whole("batch_size", self.batch_size, 2)
         if self.hidden_features is not None:
@@ -372,23 +367,6 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     def _criterion(self, entropy_weight: float) -> Callable[[Any], Any]:
         return MultiScaleClusterLoss(entropy_weight=entropy_weight, temperature=self.temperature)
-
-    def _best(
-        self,
-        pairs: _Pairs,
-        starts: list[_Start],
-        entropy_weight: float,
-        progress: _Progress,
-    ) -> _Run:
-        """Train from every start, until Ctrl-C; return the run of the smallest loss."""
-        runs: list[_Run] = []
-        for start in starts:
-            runs.append(self._train(pairs, start, entropy_weight, progress))
-            if runs[-1].interrupted:
-                break
-        best = min(runs, key=lambda run: run.loss)
-        agreement = pairs.agreement_per_scale(best.head)
-        return replace(best, agreement=agreement, interrupted=runs[-1].interrupted)
 
     @torch.enable_grad()
     def _train(
@@ -437,6 +415,7 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                 stacklevel=4,
             )
         head.eval()
+        run.agreement = pairs.agreement_per_scale(head)
         return run
 
 
@@ -449,10 +428,6 @@ class _Run:
     losses: list[float] = field(default_factory=list)
     agreement: list[float] = field(default_factory=list)
     interrupted: bool = False
-
-    @property
-    def loss(self) -> float:
-        return self.losses[-1] if self.losses else math.inf
 
     def settled(self) -> bool:
         """Whether the last epochs have not lowered the loss."""

@@ -99,7 +99,6 @@ def ablations(k: int, views: bool) -> list[Method]:
         "30 epochs": {"max_epochs": 30},
         "batch 256": {"batch_size": 256},
         "batch 1,024": {"batch_size": 1024},
-        "best of 3 runs by the loss": {"n_init": 3},
         "random start": {"form": "random"},
         "rows not moved": {"form": "still"},
     }
