@@ -229,8 +229,8 @@ class C2BINClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         if views is not None:
             stored = _checked_views(views, n, d)
             # The rows stay among them: they are what is predicted, and a view may be a bad one.
-            augmented = torch.stack([self._projected(view, "views") for view in stored])
-            second = torch.cat([second, augmented.to(device)])
+            augmented = (self._projected(view, "views").to(device) for view in stored)
+            second = torch.stack([rows, *augmented])
         progress("neighbours")
         nearest = _nearest(rows, min(self.n_neighbors, n - 1), for_parts)
         # Where nothing but the neighbour differs between the views, more of them serve better than
