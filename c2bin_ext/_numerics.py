@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -41,12 +42,15 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in their common dtype, or in float32 where that is a narrower one."""
-    dtype = torch.float32
-    if all(tensor.dtype is dtype for tensor in tensors):
+    if all(tensor.dtype is torch.float32 for tensor in tensors):
         return tensors
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = wide_dtype(*tensors)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype that `at_least_float32` gives the tensors."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def smallest_square(dtype: torch.dtype) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from c2bin_ext import _checks, functional
-from c2bin_ext._numerics import at_least_float32, unit_rows, without_autocast
+from c2bin_ext._numerics import unit_rows, wide_dtype, without_autocast
 
 __all__ = ["MultiScaleClusterHead"]
 
@@ -120,13 +120,14 @@ class MultiScaleClusterHead(nn.Module):
                 f"normalised, got shape {tuple(features.shape)}"
             )
         dtype = features.dtype
-        features, wide = at_least_float32(features, weight)
+        # Of the weight the dtype alone is read: torch 2.2 exports no parameter that is used twice.
+        features = features.to(wide_dtype(features, weight))
         if self.normalize:
             features = unit_rows(features, dtype) * self.in_features**0.5
         with without_autocast(features):
             if self.hidden is not None:
                 features = _in_dtype(self.hidden, features)
-            return _in_dtype(self.linear, features.to(wide.dtype))
+            return _in_dtype(self.linear, features)
 
 
 def _in_dtype(module: nn.Module, rows: Tensor) -> Tensor:

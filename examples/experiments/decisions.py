@@ -130,6 +130,12 @@ BEYOND: dict[str, Choice | Trial] = {
     "two small crops": ({"crops": 2}, {}),
     "four small crops": ({"crops": 4}, {}),
     "near neighbours from 3/4 on": ({"neighbours": 0.75}, {}),
+    **{
+        f"SimCLR, tuned, with clusters, weight {weight:g}": Trial(
+            "clustered", {**TUNED["simclr"].options, "cluster_weight": weight}
+        )
+        for weight in (0.5, 0.1)
+    },
 }
 TABLES: dict[str, Any] = {
     "beyond": BEYOND,

@@ -25,7 +25,7 @@ from c2bin_ext import C2BINLoss, MultiScaleClusterHead
 from c2bin_ext._hosts import steps_of
 from c2bin_ext.functional import bca_contrastive_loss, cluster_entropy_regularizer
 from experiments.options import BACKBONES
-from experiments.rivals import Clustering, ContrastiveClustering
+from experiments.rivals import ClusteredSimCLR, Clustering, ContrastiveClustering
 from experiments.targets import LastRows, NearestFeatures, Sharpened, TemperedHead
 
 Views = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -394,6 +394,11 @@ KINDS = METHODS | {
     ),
     "oracle": METHODS["simclr"]._replace(label="SimCLR, other classes", kind=OracleSimCLR),
     "watched": METHODS["c2bin"]._replace(kind=WatchedC2BIN),
+    "clustered": Method(
+        "SimCLR with clusters",
+        ClusteredSimCLR,
+        {**CONTRAST, "temperature": 0.5, "num_clusters": [32, 64, 128]},
+    ),
     # The others that cluster, optimised as all are, untuned. CC contrasts instances as its paper
     # does, with SimCLR's projector and temperature.
     "iic": Method("IIC", Clustering, {"loss": "IIC"}),

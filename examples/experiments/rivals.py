@@ -1,7 +1,7 @@
-"""The other methods that cluster: IIC, PICA and Contrastive Clustering, backbones from scratch.
+"""The other methods that cluster: IIC, PICA, Contrastive Clustering and SimCLR with clusters.
 
-What they share with the others is the backbone, the views and the optimisation, and not their
-papers' inputs (Sobel filters), sub-heads and schedules of heads.
+They train backbones from scratch. What they share with the others is the backbone, the views and
+the optimisation, and not their papers' inputs (Sobel filters), sub-heads and schedules of heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from c2bin_ext import MultiScaleClusterHead
+from c2bin_ext import MultiScaleClusterHead, MultiScaleClusterLoss
 from experiments.cluster_losses import LOSSES, cc
 
 
@@ -112,4 +112,40 @@ class ContrastiveClustering(Trained):
         head = MultiScaleClusterHead(feature_dim, num_clusters, hidden_features=feature_dim)
         projector = SimCLRProjectionHead(feature_dim, hidden_dim, projection_dim)
         method = ContrastiveMethod(backbone, head, cc, projector, temperature=temperature)
+        self.wrap(method, optimization)
+
+
+class ClusteredSimCLR(Trained):
+    """SimCLR with C2BIN's cluster terms beside it, as any method with two views can have them.
+
+    Args:
+        backbone, feature_dim, hidden_dim, projection_dim, temperature: As in `SimCLR`.
+        num_clusters: K of each head.
+        cluster_weight: Of the cluster terms.
+        **optimization: See `Optimization`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        num_clusters: Sequence[int],
+        cluster_weight: float,
+        hidden_dim: int = 512,
+        projection_dim: int = 128,
+        temperature: float = 0.5,
+        **optimization: Unpack[Optimization],
+    ) -> None:
+        super().__init__()
+        head = MultiScaleClusterHead(feature_dim, num_clusters, normalize=True)
+        projector = SimCLRProjectionHead(feature_dim, hidden_dim, projection_dim)
+        clusters = MultiScaleClusterLoss(gather_distributed=True)
+        method = ContrastiveMethod(
+            backbone,
+            head,
+            lambda views: cluster_weight * clusters(views).loss,
+            projector,
+            temperature=temperature,
+        )
         self.wrap(method, optimization)

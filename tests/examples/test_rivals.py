@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -249,6 +250,24 @@ class TestMethods:
                 optimizer.step()
             found = own_heads(model, model(centres[labels]).detach())[0].argmax(dim=1)
             assert clustering_accuracy(labels, found) == 1.0, method
+
+
+def test_simclr_with_clusters_trains_the_sum_of_both() -> None:
+    from experiments.methods import KINDS
+
+    kind, options = KINDS["clustered"].kind, dict(KINDS["clustered"].options)
+    options |= {"num_clusters": [3, 5], "cluster_weight": 0.25, "temperature": 0.2}
+    model = kind(nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), 8, **options).double()
+    views = torch.rand(2, 6, 3, 2, 2, dtype=torch.float64)
+    losses = model.losses(*views)
+    torch.autograd.backward(losses["loss"])
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    features = [model(view) for view in views]
+    first_heads, heads = ([oracle.rows(p) for p in model.cluster_head(f)] for f in features)
+    clusters = oracle.multi_scale((first_heads, heads))[0]
+    first, second = (model.projector(each).tolist() for each in features)
+    instances = nt_xent(first, second, 0.2)
+    assert losses["loss"].item() == pytest.approx(instances + 0.25 * clusters, rel=1e-6)
 
 
 def test_a_bench_sizes_heads_by_its_classes(tmp_path: Path) -> None:
