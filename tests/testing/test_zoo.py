@@ -31,7 +31,7 @@ def test_the_zoo_tries_every_invariant() -> None:
 
 @pytest.mark.parametrize("right", RIGHT, ids=[right.name for right in RIGHT])
 def test_right_losses_pass(right: Right) -> None:
-    how = {"preset": right.preset, "max_examples": 10}
+    how = {"preset": right.preset, "max_examples": right.max_examples}
     report = check_invariants(right.loss, right.kind, raises=False, **how)
     assert set(report.failed) == right.fails, str(report)
     assert set(report.skipped) == right.preset.skip & set(invariants(right.kind))

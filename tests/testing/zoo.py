@@ -69,6 +69,7 @@ class Right(NamedTuple):
     how: str
     preset: Preset
     fails: frozenset[str] = frozenset()
+    max_examples: int = 10
 
 
 def wide(view: Tensor) -> Tensor:
@@ -624,7 +625,8 @@ RIGHT = [
             "own_values | full_precision | trains_both | Preset(min_rows=4)",
         ),
         STANDARD,
-        frozenset({"positive_scaling", "strictly_monotone"}),
+        frozenset({"positive_scaling", "strictly_monotone", "finite"}),
+        50,  # equal rows of 1e30, whose variance overflows, are seldom drawn
     ),
     Right(
         "lightly VICRegLoss",
