@@ -108,10 +108,9 @@ def search(
             pass
         except _Raised as raised:
             cause = raised.__cause__
-            named = (
-                "" if type(cause) is _NoScalarError else f"the loss raised {type(cause).__name__}: "
-            )
-            found = named + " ".join(str(cause).split())
+            what = f"the loss raised {type(cause).__name__}: "
+            what = "" if type(cause) is _NoScalarError else what
+            found = what + " ".join(str(cause).split())
         except Flaky:
             found = "a problem at one call and none at the next"
         else:

@@ -89,5 +89,4 @@ def balance(view: Tensor) -> Tensor:
 
 
 def _unit(view: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(view.double(), dim=0)
-    return view.double() / norms.clamp_min(1e-300)
+    return torch.nn.functional.normalize(view.double(), dim=0, eps=1e-300)
