@@ -363,6 +363,8 @@ class Bench:
         args, images = self.args, self.images
         names = ("dataset", "limit", "limit_test", "validation", "backbone", "batch_size", "seeds")
         shared = {name: getattr(args, name) for name in (*names, "accelerator", "precision")}
+        if args.views == "tensors":  # other random draws than torchvision's
+            shared["views"] = args.views
         source = args.data_name or (args.data.resolve().name if args.data else args.dataset)
         counts = {"train": len(images.train), "test": len(images.test)}
         counts["validation"] = len(self.validation.test)
