@@ -151,7 +151,7 @@ TABLES: dict[str, Any] = {
 def trial(choice: Choice | Trial, clusters: list[int]) -> Trial:
     """Return the run of one choice, with heads of `clusters` unless it says otherwise."""
     if isinstance(choice, Trial):
-        heads = {"num_clusters": clusters} if choice.method == "c2bin" else {}
+        heads = {"num_clusters": clusters} if choice.method in ("c2bin", "clustered") else {}
         return replace(choice, options={**heads, **choice.options})
     options, loss = choice
     return Trial("c2bin", {"num_clusters": clusters, **options}, loss)

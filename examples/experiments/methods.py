@@ -397,7 +397,7 @@ KINDS = METHODS | {
     "clustered": Method(
         "SimCLR with clusters",
         ClusteredSimCLR,
-        {**CONTRAST, "temperature": 0.5, "num_clusters": [32, 64, 128]},
+        {**CONTRAST, "temperature": 0.5},
     ),
     # The others that cluster, optimised as all are, untuned. CC contrasts instances as its paper
     # does, with SimCLR's projector and temperature.
