@@ -108,9 +108,9 @@ def search(
             pass
         except _Raised as raised:
             cause = raised.__cause__
-            what = f"the loss raised {type(cause).__name__}: "
-            what = "" if type(cause) is _NoScalarError else what
-            found = what + " ".join(str(cause).split())
+            found = " ".join(str(cause).split())
+            if type(cause) is not _NoScalarError:
+                found = f"the loss raised {type(cause).__name__}: {found}"
         except Flaky:
             found = "a problem at one call and none at the next"
         else:

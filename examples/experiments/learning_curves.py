@@ -93,7 +93,7 @@ def run(args: Any) -> None:
 
     bench = Bench(args, args.epochs)
     record = bench.about()
-    record["settings"] |= {"epochs": args.epochs, "views": args.views}
+    record["settings"] |= {"epochs": args.epochs}
     bench.store.claim(args.name, record["settings"], args.overwrite)
     trials = {row: ROWS[row] for row in args.rows}
     results = (

@@ -394,11 +394,7 @@ KINDS = METHODS | {
     ),
     "oracle": METHODS["simclr"]._replace(label="SimCLR, other classes", kind=OracleSimCLR),
     "watched": METHODS["c2bin"]._replace(kind=WatchedC2BIN),
-    "clustered": Method(
-        "SimCLR with clusters",
-        ClusteredSimCLR,
-        {**CONTRAST, "temperature": 0.5},
-    ),
+    "clustered": METHODS["simclr"]._replace(label="SimCLR with clusters", kind=ClusteredSimCLR),
     # The others that cluster, optimised as all are, untuned. CC contrasts instances as its paper
     # does, with SimCLR's projector and temperature.
     "iic": Method("IIC", Clustering, {"loss": "IIC"}),
