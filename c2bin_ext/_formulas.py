@@ -49,6 +49,13 @@ class Contrast(NamedTuple):
     positive_in_denominator: bool
     symmetric: bool
 
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether one matrix of exponentials serves, unshifted or shifted row by row."""
+        if self.similarity == "cosine":
+            return self.temperature >= _MIN_TEMPERATURE
+        return not self.symmetric
+
 
 def alignment(statistics: BatchStatistics) -> Tensor:
     """Eq. 1: one minus the mean cosine, over instances and directions."""
@@ -183,8 +190,7 @@ def _closed(
     grams, masses, squares = sums
     shares, contrast, balance = _shares(layout, grams), grams.new_zeros(()), grams.new_zeros(())
     if options:
-        small = options.similarity == "cosine" and options.temperature >= _MIN_TEMPERATURE
-        contrast, squares = (_closed_contrast if small else _contrast_of_large)(
+        contrast, squares = _closed_contrast(
             layout, options, grams, squares, shares, wants_gradient
         )
     if layout.views:
@@ -209,8 +215,16 @@ def _closed_contrast(
     shares: Tensor | float,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and -2 times its gradient by squared norms; write that by Gram matrices."""
-    norms, pairs = _inverse_norms(layout, squares), layout.pairs
+    """Return the loss and -2 times its gradient by squared norms, of which dot products have none.
+
+    Its gradient by Gram matrices is written in their place.
+    """
+    pairs, is_cosine = layout.pairs, bool(layout.floors)
+    norms = (
+        _inverse_norms(layout, squares)
+        if is_cosine
+        else grams.new_ones(2 * pairs, *grams.shape[1:3])
+    )
     firsts, seconds = norms.split_with_sizes([pairs, pairs])
     # S_kj is the Gram matrix times f_k s_j, inverse norms over τ.
     firsts, seconds = (firsts * (1 / options.temperature)).unsqueeze(3), seconds.unsqueeze(2)
@@ -220,7 +234,11 @@ def _closed_contrast(
     scratch = torch.empty_like(tiles[0][1]), torch.empty_like(tiles[0][1])
     for start, part, first in tiles:
         exponentials = scratch[0].narrow(2, 0, part.shape[2])
-        _exponentials(layout, options, part.mul_(first).mul_(seconds), start, exponentials)
+        part.mul_(first).mul_(seconds)
+        if not is_cosine:
+            # Dot products have no bound. The loss does not change where a row is shifted.
+            part.sub_(_largest(options, part, start))
+        _exponentials(layout, options, part, start, exponentials)
         of_rows.append(exponentials.sum(3))
         if options.symmetric:
             of_columns.append(exponentials.sum(2))
@@ -243,55 +261,15 @@ def _closed_contrast(
         for column in by_column:
             factor = torch.add(factor, column.unsqueeze(2), out=product)
         exponentials.mul_(factor).diagonal(start, 2, 3).sub_(weight, alpha=len(sums))
-        # Through the norms: S falls with ‖c‖.
-        torch.mul(part, exponentials, out=product)
-        of_rows.append(product.sum(3))
-        of_columns.append(product.sum(2))
+        if is_cosine:
+            # Through the norms: S falls with ‖c‖.
+            torch.mul(part, exponentials, out=product)
+            of_rows.append(product.sum(3))
+            of_columns.append(product.sum(2))
         torch.mul(exponentials, first, out=part).mul_(seconds)
+    if not is_cosine:
+        return loss, squares
     return loss, torch.cat(_whole(of_rows, of_columns)).mul_(norms).mul_(norms)
-
-
-def _contrast_of_large(
-    layout: Layout,
-    options: Contrast,
-    grams: Tensor,
-    squares: Tensor,
-    shares: Tensor | float,
-    wants_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `_closed_contrast`, for S of any size, head by head."""
-    norms = _inverse_norms(layout, squares) if layout.floors else squares
-    loss, slopes = grams.new_zeros(()), torch.zeros_like(squares)
-    for head, k in enumerate(layout.num_clusters):
-        logits = layout.own(grams, head).mul_(1 / options.temperature)
-        if layout.floors:
-            firsts, seconds = layout.own(norms, head).chunk(2)
-            logits.mul_(firsts.unsqueeze(2)).mul_(seconds.unsqueeze(1))
-        negatives = logits
-        if not options.positive_in_denominator:
-            negatives = logits.clone()
-            negatives.diagonal(0, 1, 2).fill_(-torch.inf)
-        dims = (2, 1)[: 1 + options.symmetric]
-        parts, weight = [], 1 / (layout.pairs * k * len(dims))
-        for dim in dims:
-            sums = negatives.logsumexp(dim, keepdim=True)
-            # Subtracted cluster by cluster: both can run into the thousands.
-            gaps = sums.squeeze(dim) - logits.diagonal(0, 1, 2)
-            loss.add_(gaps.sum(), alpha=weight)
-            if wants_gradient:
-                parts.append((negatives - sums).exp_())
-        if not wants_gradient:
-            continue
-        slope = reduce(torch.Tensor.add_, parts).mul_(weight)
-        slope.diagonal(0, 1, 2).sub_(weight * len(dims))
-        if layout.floors:
-            logits.mul_(slope)
-            by_row, by_column = layout.own(slopes, head).chunk(2)
-            torch.sum(logits, 2, out=by_row)
-            torch.sum(logits, 1, out=by_column)
-            slope.mul_(firsts.unsqueeze(2)).mul_(seconds.unsqueeze(1))
-        torch.mul(slope, 1 / options.temperature, out=logits)
-    return loss, slopes.mul_(norms).mul_(norms)
 
 
 def _whole(rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
@@ -305,13 +283,22 @@ def _exponentials(
 ) -> None:
     """Write exp(S) of the rows from `start` on, 0 for what heads are filled up with."""
     if layout.is_filled:
-        out.copy_(logits)
-        for block in layout.parts(out):
-            block.exp_()
+        out.zero_()
+        for own, block in zip(layout.parts(logits), layout.parts(out), strict=True):
+            torch.exp(own, out=block)
     else:
         torch.exp(logits, out=out)
     if not options.positive_in_denominator:
         out.diagonal(start, 2, 3).zero_()
+
+
+def _largest(options: Contrast, logits: Tensor, start: int) -> Tensor:
+    """Return the largest S of every row, of those in its denominator."""
+    if options.positive_in_denominator:
+        return logits.amax(3, keepdim=True)
+    negatives = logits.clone()
+    negatives.diagonal(start, 2, 3).fill_(-torch.inf)
+    return negatives.amax(3, keepdim=True)
 
 
 def _tiles(*arrays: Tensor) -> list[Any]:

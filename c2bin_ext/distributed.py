@@ -10,7 +10,6 @@ the factor W, and that is what cancels the 1/W of DDP's (or FSDP's) gradient ave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,32 +52,24 @@ class _SumOverRanks(torch.autograd.Function):
         return grad * dist.get_world_size()
 
 
-def sum_over_ranks(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Sum each tensor over the ranks of the default process group, all in one all-reduce.
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum a tensor over the ranks of the default process group, in one all-reduce.
 
     Formula: `S = Σ_r S_r`. The gradient is W times the gradient of `S`, which is exact after an
     averaging of gradients over ranks (DDP, FSDP) when every rank computes the same loss from `S`.
-    Must be called by every rank, with the same shapes. Without a process group, or with one
-    process, the tensors come back as they are.
+    Must be called by every rank, with the same shape. Without a process group, or with one
+    process, the tensor comes back as it is.
 
     Args:
-        tensors: local sums over instances; any shapes, one device.
+        tensor: local sums over instances, any shape.
 
     Returns:
-        The global sums, in the order, shapes and dtypes of `tensors`.
+        The global sums, of the same shape and dtype.
 
     Examples:
         >>> import torch
         >>> from c2bin_ext.distributed import sum_over_ranks
-        >>> sum_over_ranks([torch.ones(2), torch.tensor(3.0)])
-        (tensor([1., 1.]), tensor(3.))
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
     """
-    if world_size() == 1 or not tensors:
-        return tuple(tensors)
-    # torch.cat promotes to the widest dtype, so that float64 statistics stay exact.
-    total = _SumOverRanks.apply(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-    parts = total.split([tensor.numel() for tensor in tensors])
-    return tuple(
-        part.reshape(tensor.shape).to(tensor.dtype)
-        for part, tensor in zip(parts, tensors, strict=True)
-    )
+    return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)

@@ -211,7 +211,12 @@ def bca_contrastive_loss(
     views = {"assignments0": assignments0, "assignments1": assignments1}
     _checks.not_logits(views)
     heads = [[view] for view in views.values()]
-    sums = BatchStatistics.of(views=heads, contrast=similarity, balance=False, closed_form=True)
+    sums = BatchStatistics.of(
+        views=heads,
+        contrast=similarity,
+        balance=False,
+        closed_form=options.has_closed_form,
+    )
     total = _total(sums, gather_distributed)
     return _formulas.cluster_terms(total, options)[0]
 
@@ -342,7 +347,7 @@ def multi_scale_cluster_loss(
     """
     _checks.options(entropy_weight=entropy_weight, reduction=reduction)
     options = _contrast(temperature, similarity, positive_in_denominator, symmetric)
-    sums = _batch(assignments, target_assignments, similarity, validate_args)
+    sums = _batch(assignments, target_assignments, options, validate_args)
     total = _total(sums, gather_distributed)
     return _cluster_terms(total, options, entropy_weight, reduction)
 
@@ -413,7 +418,7 @@ def c2bin_loss(
     _checks.options(**weights, symmetric_alignment=symmetric_alignment, reduction=reduction)
     options = _contrast(temperature, similarity, positive_in_denominator, symmetric)
     aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
-    sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
+    sums = _batch(assignments, target_assignments, options, validate_args, aligned)
     total = _total(sums, gather_distributed, statistics, validate_args)
     alignment = _formulas.alignment(total)
     clusters = _cluster_terms(total, options, entropy_weight, reduction)
@@ -467,10 +472,11 @@ def c2bin_statistics(
     Source: C2BIN, Eq. 1, 4 and 5; two passes as in Gao et al., "Scaling deep contrastive learning
     batch size under memory limited setup", 2021, which caches features where sums suffice here.
     """
-    _checks.options(symmetric_alignment=symmetric_alignment, similarity=similarity)
+    _checks.options(symmetric_alignment=symmetric_alignment)
+    options = _contrast(1.0, similarity, True, True)
     with torch.no_grad():
         aligned = _aligned(predictions, targets, symmetric_alignment, validate_args)
-        sums = _batch(assignments, target_assignments, similarity, validate_args, aligned)
+        sums = _batch(assignments, target_assignments, options, validate_args, aligned)
         return _total(sums, gather_distributed).flat()
 
 
@@ -489,7 +495,7 @@ def _contrast(
 def _batch(
     assignments: Heads,
     target_assignments: Heads | None,
-    similarity: str,
+    options: _formulas.Contrast,
     validate_args: bool,
     aligned: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> BatchStatistics:
@@ -509,7 +515,11 @@ def _batch(
     for name, tensor in [*named.items(), *fixed.items()]:
         _checks.same_rows(name, tensor, *like)
     sums = BatchStatistics.of(
-        aligned, assignments, target_assignments or (), contrast=similarity, closed_form=True
+        aligned,
+        assignments,
+        target_assignments or (),
+        contrast=options.similarity,
+        closed_form=options.has_closed_form,
     )
     _checks.not_logits(named, sums.mass)
     _checks.not_logits(fixed)
@@ -526,7 +536,7 @@ def _total(
     _checks.options(gather_distributed=gather_distributed)
     spans_ranks = gather_distributed and world_size() > 1
     if statistics is None:
-        return own.at(sum_over_ranks([own.flat()])[0], world_size()) if spans_ranks else own
+        return own.at(sum_over_ranks(own.flat()), world_size()) if spans_ranks else own
     flat = own.flat()
     _checks.sums("statistics", statistics, flat)
     if validate_args:

@@ -201,7 +201,8 @@ class TestWhatAStepKeeps:
             _, found = evaluate(module, arguments)
         close(found, expected, 1e-12)
 
-    def test_one_gram_matrix(self) -> None:
+    @pytest.mark.parametrize("name", ["contrast", "contrast dot, positive left out, one way"])
+    def test_one_gram_matrix(self, name: str) -> None:
         kept: list[int] = []
 
         def keep(tensor: Tensor) -> Tensor:
@@ -209,7 +210,7 @@ class TestWhatAStepKeeps:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            bca_contrastive_loss(*views(3, 16))
+            bca_contrastive_loss(*views(3, 16), **CONTRASTS[name])
         assert kept.count(16 * 16) == 1
         assert max(kept) == 16 * 16
 
@@ -227,6 +228,25 @@ class TestTiles:
         tiled = bca_contrastive_loss(*inputs, **options)
         close(tiled.detach(), value.detach())
         close(list(torch.autograd.grad(tiled, inputs)), list(whole))
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_dot_products_of_any_size(positive: bool) -> None:
+    """S is about a thousand: exp(S) is infinite, also in float64."""
+    heads = tuple([random_assignments(64, k, seed + k) for k in (3, 5)] for seed in (0, 50))
+    inputs = [head.requires_grad_() for view in heads for head in view]
+    options: dict[str, Any] = {"positive_in_denominator": positive, "symmetric": False}
+    options |= {"similarity": "dot", "temperature": 0.002, "entropy_weight": 0.0}
+    found = multi_scale_cluster_loss(heads, **options).loss
+    expected = found.new_zeros(())
+    for first, second in zip(*heads, strict=True):
+        logits = first.T @ second / 0.002
+        assert logits.detach().max() > 1000
+        for k in range(len(logits)):
+            row = logits[k] if positive else torch.cat([logits[k, :k], logits[k, k + 1 :]])
+            expected = expected + (row.logsumexp(0) - logits[k, k]) / len(logits)
+    close(found.detach(), expected.detach(), 1e-9)
+    close(*(list(torch.autograd.grad(x, inputs)) for x in (found, expected)), 1e-8)
 
 
 class TestTemperatures:

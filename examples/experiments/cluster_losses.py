@@ -23,7 +23,7 @@ Heads = Sequence[Tensor]
 def _grams(*views: Heads) -> list[Tensor]:
     """Return for every head the Gram matrices (pairs, K, K) of the views' first and second half."""
     own = BatchStatistics.of(views=views, contrast="dot", balance=False)
-    total = own.at(sum_over_ranks([own.flat()])[0])
+    total = own.at(sum_over_ranks(own.flat()))
     return [gram for group in total.groups for gram in group.parts()[::3]]
 
 
