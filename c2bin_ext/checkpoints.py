@@ -81,7 +81,9 @@ def load_backbone(
     shapes = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(value.shape)}"
         for name, value in wanted.items()
-        if isinstance(value, Tensor) and name in found and found[name].shape != value.shape
+        if isinstance(value, Tensor)
+        and isinstance(found.get(name), Tensor)
+        and found[name].shape != value.shape
     ]
     problems = {
         "missing": [name for name in wanted if name not in found],
@@ -100,7 +102,7 @@ def load_backbone(
 
 def _weights(
     checkpoint: str | os.PathLike[str] | Mapping[str, Any], weights_only: bool
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     content: Any = checkpoint
     if isinstance(checkpoint, (str, os.PathLike)):
         path = os.fspath(checkpoint)
@@ -128,12 +130,17 @@ def _weights(
         raise TypeError(
             f"checkpoint: expected a mapping under 'state_dict', got {type(state).__name__}"
         )
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        str(name): value
+        for name, value in state.items()
+        # What a module's `get_extra_state` returns can be anything.
+        if isinstance(value, Tensor) or str(name).endswith("_extra_state")
+    }
 
 
-def _advice(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> str:
+def _advice(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Name the prefixes under which the checkpoint holds just the weights wanted."""
-    shapes = {name: value.shape for name, value in wanted.items() if isinstance(value, Tensor)}
+    shapes = _shapes(wanted)
     if not shapes:
         return ""
     first = next(iter(shapes))
@@ -141,9 +148,14 @@ def _advice(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> str:
     fitting = [
         repr(start)
         for start in ends
-        if {n[len(start) :]: v.shape for n, v in weights.items() if n.startswith(start)} == shapes
+        if {n[len(start) :]: s for n, s in _shapes(weights).items() if n.startswith(start)}
+        == shapes
     ]
     return f"; it would fit with prefix={' or '.join(fitting)}" if fitting else ""
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 def _list(names: Sequence[str]) -> str:

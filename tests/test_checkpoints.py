@@ -48,6 +48,35 @@ def test_another_prefix() -> None:
     assert same(load_backbone(content, network(), prefix="momentum_backbone."), follower)
 
 
+class Quantised(nn.Linear):
+    """Keeps a state that is no tensor, as layers of low precision do."""
+
+    scale = 1.0
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+
+
+def test_extra_state_arrives_and_other_entries_are_no_weights() -> None:
+    trained = Quantised(3, 2)
+    trained.scale = 4.0
+    content = checkpoint(trained)["state_dict"] | {"backbone.epoch": 3}
+    loaded = load_backbone(content, Quantised(3, 2))
+    assert torch.equal(loaded.weight, trained.weight)
+    assert loaded.scale == 4.0
+    wrapped = {f"module.{name}": value for name, value in content.items()}
+    with pytest.raises(ValueError, match=r"it would fit with prefix='module.backbone.'$"):
+        load_backbone(wrapped, Quantised(3, 2))
+
+
+def test_no_prefix_fits_a_backbone_without_weights() -> None:
+    with pytest.raises(ValueError, match=r"got names that start with backbone., cluster_head.$"):
+        load_backbone(checkpoint(network()), nn.ReLU(), prefix="encoder.")
+
+
 def drop(weights: dict[str, Tensor]) -> None:
     del weights["backbone.2.bias"]
 
