@@ -781,7 +781,9 @@ def test_bad_assignments(bad: Any, kind: type[Exception], message: str) -> None:
 
 
 def test_assignments_that_are_no_probabilities() -> None:
-    with pytest.raises(ValueError, match=r"^assignments: .*>= 0, got a smallest entry of -0\.5"):
+    with pytest.raises(
+        ValueError, match=r"^assignments: .*>= 0, got a smallest entry of -0\.5; apply"
+    ):
         metrics.effective_clusters(torch.tensor([[1.5, -0.5], [0.5, 0.5]]))
     with pytest.raises(ValueError, match=r"^assignments: .*sum to 1, got a row that sums to 1\.5"):
         metrics.effective_clusters(torch.tensor([[0.5, 0.5], [0.5, 1.0]]))

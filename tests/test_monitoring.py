@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -259,16 +260,31 @@ def test_more_clusters_than_images_in_a_batch() -> None:
         warn_if_more_clusters_than_images((64, 8), 64)
 
 
+PER_HEAD = "expected one tensor per head of shapes [(23, 3), (23, 5)], got "
+LABELS = "labels: expected integers of shape (n,), below zero if unlabelled, got "
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, y: ([a[0]], y), "assignments: expected one tensor per head of shapes"),
-        (lambda a, y: ([a[1], a[0]], y), "assignments: expected one tensor per head of shapes"),
-        (lambda a, y: (a, y[1:]), "assignments: expected one tensor per head of shapes"),
-        (lambda a, y: (a, y, a[:1]), "other_view: expected one tensor per head of shapes"),
-        (lambda a, y: (a, y.float()), "labels: expected integers of shape"),
-        (lambda a, y: (a, y[:, None]), "labels: expected integers of shape"),
-        (lambda a, y: (a, y > 0), r"labels: expected integers .* got torch.bool of shape \(23,\)"),
+        (lambda a, y: ([a[0]], y), f"assignments: {PER_HEAD}[(23, 3)]"),
+        (lambda a, y: ([a[1], a[0]], y), f"assignments: {PER_HEAD}[(23, 5), (23, 3)]"),
+        (lambda a, y: (a, y, a[:1]), f"other_view: {PER_HEAD}[(23, 3)]"),
+        (lambda a, y: (a, y.float()), f"{LABELS}torch.float32 of shape (23,)"),
+        (lambda a, y: (a, y[:, None]), f"{LABELS}torch.int64 of shape (23, 1)"),
+        (lambda a, y: (a, y > 0), f"{LABELS}torch.bool of shape (23,)"),
+    ],
+)
+def test_wrong_shapes_and_types(change: Any, message: str) -> None:
+    view, _, labels = data()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ClusterMonitor(HEADS).update(*change(view, labels))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, y: (a, y[1:]), r"one tensor per head of shapes \[\(22, 3\), \(22, 5\)\], got"),
         (
             lambda a, y: ([a[0], a[1] * torch.nan], y),
             "assignments of head 1 of 5 clusters: expected finite values, got 115 NaN",
@@ -290,10 +306,19 @@ def test_wrong_input(change: Any, message: str) -> None:
         ClusterMonitor(HEADS).update(*change(view, labels))
 
 
-@pytest.mark.parametrize("labels", [("cat", "dog"), ["cat"] * 23, [0] * 23, None])
-def test_labels_that_are_no_tensor(labels: Any) -> None:
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        (("cat", "dog"), "[str, str]"),
+        (["cat"] * 23, "[str, str, str, str, …]"),
+        ([0] * 23, "[int, int, int, int, …]"),
+        (None, "NoneType"),
+    ],
+)
+def test_labels_that_are_no_tensor(labels: Any, got: str) -> None:
     view, _, _ = data()
-    with pytest.raises(TypeError, match=r"labels: expected a tensor of integers \(n,\), .* got "):
+    expected = r"^labels: expected a tensor of integers \(n,\), below zero if unlabelled, got "
+    with pytest.raises(TypeError, match=f"{expected}{re.escape(got)}$"):
         ClusterMonitor(HEADS).update(view, labels)
 
 
@@ -310,7 +335,7 @@ def test_a_second_view_now_and_then_is_an_error() -> None:
     view, other, labels = data()
     monitor = ClusterMonitor(HEADS)
     monitor.update(view, labels)
-    with pytest.raises(ValueError, match="other_view: expected for every batch of a pass or for"):
+    with pytest.raises(ValueError, match=r"^other_view: expected for every batch of a pass or for"):
         monitor.update(view, labels, other)
 
 
