@@ -51,10 +51,8 @@ class Contrast(NamedTuple):
 
     @property
     def has_closed_form(self) -> bool:
-        """Whether one matrix of exponentials serves, unshifted or shifted row by row."""
-        if self.similarity == "cosine":
-            return self.temperature >= _MIN_TEMPERATURE
-        return not self.symmetric
+        """Whether one matrix of exponentials serves a direction."""
+        return self.similarity == "dot" or self.temperature >= _MIN_TEMPERATURE
 
 
 def alignment(statistics: BatchStatistics) -> Tensor:
@@ -220,6 +218,15 @@ def _closed_contrast(
     Its gradient by Gram matrices is written in their place.
     """
     pairs, is_cosine = layout.pairs, bool(layout.floors)
+    if options.symmetric and not is_cosine:
+        # Dot products have no bound, and each direction its own largest.
+        one, flipped = options._replace(symmetric=False), grams.transpose(2, 3).contiguous()
+        forth, back = (
+            _closed_contrast(layout, one, each, squares, shares, wants_gradient)[0]
+            for each in (grams, flipped)
+        )
+        grams.add_(flipped.transpose(2, 3)).mul_(0.5)
+        return (forth + back) * 0.5, squares
     norms = (
         _inverse_norms(layout, squares)
         if is_cosine
@@ -236,7 +243,7 @@ def _closed_contrast(
         exponentials = scratch[0].narrow(2, 0, part.shape[2])
         part.mul_(first).mul_(seconds)
         if not is_cosine:
-            # Dot products have no bound. The loss does not change where a row is shifted.
+            # The loss does not change where a row is shifted.
             part.sub_(_largest(options, part, start))
         _exponentials(layout, options, part, start, exponentials)
         of_rows.append(exponentials.sum(3))

@@ -231,20 +231,23 @@ class TestTiles:
 
 
 @pytest.mark.parametrize("positive", [True, False])
-def test_dot_products_of_any_size(positive: bool) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dot_products_of_any_size(positive: bool, symmetric: bool) -> None:
     """S is about a thousand: exp(S) is infinite, also in float64."""
     heads = tuple([random_assignments(64, k, seed + k) for k in (3, 5)] for seed in (0, 50))
     inputs = [head.requires_grad_() for view in heads for head in view]
-    options: dict[str, Any] = {"positive_in_denominator": positive, "symmetric": False}
+    options: dict[str, Any] = {"positive_in_denominator": positive, "symmetric": symmetric}
     options |= {"similarity": "dot", "temperature": 0.002, "entropy_weight": 0.0}
     found = multi_scale_cluster_loss(heads, **options).loss
     expected = found.new_zeros(())
     for first, second in zip(*heads, strict=True):
         logits = first.T @ second / 0.002
         assert logits.detach().max() > 1000
-        for k in range(len(logits)):
-            row = logits[k] if positive else torch.cat([logits[k, :k], logits[k, k + 1 :]])
-            expected = expected + (row.logsumexp(0) - logits[k, k]) / len(logits)
+        directions = (logits, logits.T)[: 1 + symmetric]
+        for scores, k in itertools.product(directions, range(len(logits))):
+            row = scores[k] if positive else torch.cat([scores[k, :k], scores[k, k + 1 :]])
+            share = len(logits) * len(directions)
+            expected = expected + (row.logsumexp(0) - scores[k, k]) / share
     close(found.detach(), expected.detach(), 1e-9)
     close(*(list(torch.autograd.grad(x, inputs)) for x in (found, expected)), 1e-8)
 
