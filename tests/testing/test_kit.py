@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from zoo import (
-    BROKEN,
     EMBEDDED,
     ONE,
     PAIR,
@@ -318,19 +317,108 @@ def test_message() -> None:
     assert type(error).__module__ == "c2bin_ext.testing"
 
 
-def test_messages_say_the_cause() -> None:
-    for broken, words in (
-        ("view 1 is ignored", "row 0, column 0 of `assignments1` does not matter"),
-        ("each view is contrasted with itself", "the views are not compared"),
-        ("a view is detached", "no gradient reaches `assignments1`"),
-        ("one number in a row", "shape (1,)"),
-        ("clamped at chance", "with less agreement"),
-        ("the sign is flipped", "with less agreement"),
-    ):
-        found = next(b for b in BROKEN if b.mistake == broken)
-        only = [found.caught_by]
-        report = check_invariants(found.loss, found.kind, only=only, raises=False)
-        assert words in report.failed[found.caught_by].problem
+NUMBER = r"-?\d[\d.e+-]*"
+TENSOR = r"torch\.tensor\(.*\)"
+
+
+def rounded_by_autocast(view: Tensor) -> Tensor:
+    view = view.float()
+    return (view @ view.T).float().sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "kind", "problem"),
+    [
+        (
+            "instance_permutation",
+            lambda view: view[0].square().sum(),
+            ONE,
+            "NUMBER, and with rows in another order NUMBER",
+        ),
+        (
+            "cluster_relabelling",
+            lambda view: view[:, 0].sum(),
+            ONE,
+            "NUMBER, and with columns in another order NUMBER",
+        ),
+        (
+            "positive_scaling",
+            lambda first, second: (first * second).sum(),
+            PAIR,
+            "NUMBER, and scaled NUMBER",
+        ),
+        (
+            "every_input_matters",
+            lambda first, second: first.square().sum(),
+            PAIR,
+            "row 0, column 0 of `assignments1` does not matter: L stays NUMBER",
+        ),
+        (
+            "every_input_matters",
+            lambda first, second: first.square().sum() + second.square().sum(),
+            PAIR,
+            "the views are not compared: L stays NUMBER",
+        ),
+        (
+            "follows_formula",
+            lambda view: view.square().sum(),
+            ONE,
+            r"NUMBER, expected NUMBER \(C2BIN's default; the option `formula` expects another\)",
+        ),
+        (
+            "strictly_monotone",
+            lambda view: -gap(view),
+            ONE,
+            "L is NUMBER, and with less agreement NUMBER, expected more",
+        ),
+        (
+            "gradient",
+            lambda prediction, target: (prediction * target).sum(),
+            EMBEDDED,
+            "gradient of `target` TENSOR, expected none",
+        ),
+        (
+            "gradient",
+            lambda view: view.square().sum() + view.square().sum().detach(),
+            ONE,
+            "gradient of `assignments`: NUMBER along a line, by finite differences NUMBER",
+        ),
+        (
+            "gradient",
+            lambda first, second: (first.detach() * second).sum(),
+            PAIR,
+            "no gradient reaches `assignments0`, and L changes with it",
+        ),
+        (
+            "dtype",
+            lambda view: view.float().sum().reshape(1),
+            ONE,
+            r"shape \(1,\), torch.float32, expected \(\), torch.float32",
+        ),
+        (
+            "lower_precision",
+            lambda view: (view * 3).square().sum(),
+            ONE,
+            "NUMBER, and in torch.float16 NUMBER",
+        ),
+        (
+            "lower_precision",
+            rounded_by_autocast,
+            ONE,
+            "NUMBER, and under autocast to bfloat16 NUMBER",
+        ),
+    ],
+)
+def test_a_message_is_a_sentence(name: str, loss: Any, kind: Any, problem: str) -> None:
+    pattern = problem.replace("NUMBER", NUMBER).replace("TENSOR", TENSOR)
+    report = check_invariants(loss, kind, only=[name], raises=False)
+    assert re.fullmatch(pattern, report.failed[name].problem)
+
+
+def test_a_formula_of_ones_own_is_no_default_of_c2bin() -> None:
+    with pytest.raises(InvariantError) as caught:
+        check_follows_formula(torch.Tensor.norm, ONE, formula=torch.Tensor.sum)
+    assert re.fullmatch(f"{NUMBER}, expected {NUMBER}", caught.value.problem)
 
 
 def test_report() -> None:
@@ -552,7 +640,8 @@ def test_sums_over_shards() -> None:
     several_tensors = check_additive_over_shards  # mypy: it takes what returns several
     several_tensors(lambda view: (view.sum(), view.sum(dim=0)))
     check_additive_over_shards(several, PAIR)
-    with pytest.raises(InvariantError, match="from sums over shards") as caught:
+    message = f"^additive_over_shards: from sums over shards {TENSOR}, whole {TENSOR}\n"
+    with pytest.raises(InvariantError, match=message) as caught:
         check_additive_over_shards(lambda view: view.mean(dim=0))
     assert caught.value.example["assignments"].shape == (2, 2)
     assert caught.value.example["shards"] == (1, 1)
