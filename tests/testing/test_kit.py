@@ -46,6 +46,7 @@ from c2bin_ext.testing import (
     check_view_swap,
     invariants,
     parametrize_with_invariants,
+    presets,
 )
 from c2bin_ext.testing._invariants import FORMULAS, REGISTRY
 from c2bin_ext.testing._search import name_of, show
@@ -317,6 +318,7 @@ def test_message() -> None:
     assert type(error).__module__ == "c2bin_ext.testing"
 
 
+SCALING = "positive_scaling"
 NUMBER = r"-?\d[\d.e+-]*"
 TENSOR = r"torch\.tensor\(.*\)"
 
@@ -419,6 +421,15 @@ def test_a_formula_of_ones_own_is_no_default_of_c2bin() -> None:
     with pytest.raises(InvariantError) as caught:
         check_follows_formula(torch.Tensor.norm, ONE, formula=torch.Tensor.sum)
     assert re.fullmatch(f"{NUMBER}, expected {NUMBER}", caught.value.problem)
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [({}, set()), ({"symmetric": False}, {"view_swap"}), ({"similarity": "dot"}, {SCALING})],
+)
+def test_infonce_leaves_out_what_its_options_give_up(options: Any, left_out: set[str]) -> None:
+    report = check_invariants(BCAContrastiveLoss(**options), preset=presets.infonce(**options))
+    assert {"view_swap", SCALING} & set(report.skipped) == left_out
 
 
 def test_report() -> None:
@@ -556,7 +567,9 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_one_invariant() -> None:
     for name in REGISTRY:
         assert callable(getattr(testing, f"check_{name}"))
-    with pytest.raises(AttributeError, match="no attribute 'check_nothing'"):
+    with pytest.raises(
+        AttributeError, match=r"^module 'c2bin_ext.testing' has no attribute 'check_nothing'$"
+    ):
         testing.check_nothing  # noqa: B018
     with pytest.raises(ValueError, match="kind: cluster_relabelling expected one of"):
         testing.check_cluster_relabelling(nce, kind=EMBEDDED)
