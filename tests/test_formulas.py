@@ -313,6 +313,8 @@ class TestEntropiesOfManyHeads:
         for seed in range(50):
             near = [(1e-4 * random_assignments(64, k, seed).float()).softmax(1) for k in (7, 5)]
             both = entropy(near)
+            # As torch.func sees it, which the closed form does not serve.
+            assert all(torch.vmap(cluster_entropy_regularizer)(v[None]) >= 0 for v in near)
             alone = [cluster_entropy_regularizer(view) for view in near]
             assert both >= max(alone) - 1e-12
             torch.testing.assert_close(both, alone[0] + alone[1], rtol=1e-3, atol=2e-7)

@@ -302,6 +302,11 @@ class TestSinglePrecisionExtremes:
         scaled = bca_contrastive_loss(first * torch.tensor([1.0, 1e-12, 1e-6]), second)
         close(scaled, bca_contrastive_loss(first, second), 1e-5)
 
+    def test_short_column_of_float16_keeps_its_direction(self) -> None:
+        first, second = (random_assignments(6, 3, seed, torch.float32) for seed in (0, 1))
+        scaled = bca_contrastive_loss((first * torch.tensor([1.0, 1e-3, 1.0])).half(), second)
+        close(scaled, bca_contrastive_loss(first, second), 1e-2)
+
     @contrasts
     @pytest.mark.parametrize("temperature", [1e-3, 1e3])
     def test_extreme_temperatures(self, temperature: float, options: dict[str, Any]) -> None:

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, TABLE_5, Case, close, evaluate, flat, leaves, over, scalar
+from cases import (
+    CASES,
+    TABLE_5,
+    Case,
+    close,
+    evaluate,
+    flat,
+    leaves,
+    over,
+    random_assignments,
+    scalar,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -83,6 +94,26 @@ class TestMicroBatches:
         assert total.dtype is torch.float32
         close(total, loss.statistics(*tree_map(Tensor.float, arguments)), 1e-5)
         close(loss(*arguments, statistics=total), loss(*arguments), 1e-5)
+
+    @MICRO
+    def test_sums_of_more_precision_leave_the_loss_as_it_is(self, case: Case) -> None:
+        loss, arguments = case.build().float().loss, case.arguments(N, torch.float32)
+        total = loss.statistics(*arguments)
+        found, expected = (loss(*arguments, statistics=t) for t in (total.double(), total))
+        assert flat(found).dtype is torch.float32
+        close(found, expected, 1e-6)
+
+    def test_heads_that_share_operators_beside_large_ones(self) -> None:
+        """Heads of at most 256 clusters make one group, each larger one its own."""
+        loss, sizes = C2BINLoss(), (3, 257, 5, 260)
+        heads = [[random_assignments(N, k, k + view) for k in sizes] for view in range(2)]
+        embeddings = tuple(torch.randn(2, N, 4, dtype=torch.float64).unbind())
+        arguments = (embeddings, embeddings[::-1], heads)
+        expected = evaluate(loss, arguments)
+        values, gradients = in_parts(loss, arguments, (9, 15))
+        for value in values:
+            close(value, expected[0])
+        close(gradients, expected[1])
 
     @MICRO
     def test_other_statistics_change_the_loss(self, case: Case) -> None:
