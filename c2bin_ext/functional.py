@@ -543,7 +543,7 @@ def _total(
         _checks.validate_finite("statistics", statistics)
     # The W equal losses of the ranks, which DDP averages, as in `sum_over_ranks`.
     scale = world_size() if spans_ranks else 1
-    return own.at(at_value_of(flat * scale, statistics.to(flat.dtype)), scale)
+    return own.at(at_value_of(flat * scale, statistics), scale)
 
 
 def _cluster_terms(
