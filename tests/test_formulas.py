@@ -202,7 +202,8 @@ class TestWhatAStepKeeps:
         close(found, expected, 1e-12)
 
     @pytest.mark.parametrize("name", ["contrast", "contrast dot, positive left out, one way"])
-    def test_one_gram_matrix(self, name: str) -> None:
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_one_gram_matrix(self, name: str, whole: bool) -> None:
         kept: list[int] = []
 
         def keep(tensor: Tensor) -> Tensor:
@@ -210,7 +211,11 @@ class TestWhatAStepKeeps:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            bca_contrastive_loss(*views(3, 16), **CONTRASTS[name])
+            if whole:
+                heads = [[view] for view in views(3, 16)]
+                multi_scale_cluster_loss(heads, **CONTRASTS[name])
+            else:
+                bca_contrastive_loss(*views(3, 16), **CONTRASTS[name])
         assert kept.count(16 * 16) == 1
         assert max(kept) == 16 * 16
 

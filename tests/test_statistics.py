@@ -19,6 +19,7 @@ from cases import (
     random_assignments,
     scalar,
 )
+from helpers import signature
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -138,6 +139,11 @@ class TestFunctions:
             expected = c2bin_statistics(*inputs, **options, target_assignments=given)
             close(C2BINLoss(**options).statistics(*inputs, given), expected, 0)
 
+    def test_defaults_are_those_of_the_loss(self) -> None:
+        loss = dict(signature(c2bin_loss))
+        for name, default in signature(c2bin_statistics):
+            assert default == loss[name]
+
     def test_paper_needs_no_norms(self) -> None:
         inputs = CASES["paper"].arguments()
         printed = C2BINLoss.paper().statistics(*inputs)
@@ -175,6 +181,7 @@ class TestErrors:
         with complains(ValueError, "statistics", "finite", "1 NaN"):
             nan = total.index_fill(0, torch.tensor([2]), math.nan)
             c2bin_loss(*outputs, statistics=nan, validate_args=True)
+        assert c2bin_loss(*outputs, statistics=nan).loss.isnan()
 
     @MICRO
     def test_statistics_of_other_options(self, case: Case, complains: Any) -> None:
