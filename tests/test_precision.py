@@ -228,6 +228,17 @@ class TestHalf:
         dot = bca_contrastive_loss(view, view, similarity="dot")
         close(dot, torch.tensor(math.log(2) / 2), 1e-6)
 
+    @pytest.mark.parametrize("hidden", [None, 7])
+    def test_head_computes_in_the_wider_dtype(self, hidden: int | None) -> None:
+        head = MultiScaleClusterHead(5, (2, 4), normalize=True, hidden_features=hidden).eval()
+        features = random_embeddings(6, 5, 0)
+        exact = copy.deepcopy(head).double()
+        for found in (head(features), exact(features.float())):
+            for part, wanted in zip(found, exact(features), strict=True):
+                assert part.dtype is torch.float64
+                close(part, wanted, 1e-6)
+        close(head(features), exact(features))
+
     def test_each_view_has_the_floor_of_its_own_dtype(self) -> None:
         """A column (or a row) of 1e-6 is empty in float16 and has a direction in float32."""
         full = torch.full((4, 3), 1 / 3)

@@ -139,6 +139,17 @@ class TestFunctions:
             expected = c2bin_statistics(*inputs, **options, target_assignments=given)
             close(C2BINLoss(**options).statistics(*inputs, given), expected, 0)
 
+    def test_one_direction_does_not_read_the_other(self) -> None:
+        (first, _), (_, second), heads = CASES["objective"].arguments()
+        given: Any = ((first, None), (None, second), heads)
+        expected = c2bin_loss((first, first), (second, second), heads, symmetric_alignment=False)
+        close(c2bin_loss(*given, symmetric_alignment=False), expected, 0)
+        close(
+            c2bin_statistics(*given, symmetric_alignment=False),
+            c2bin_statistics((first, first), (second, second), heads, symmetric_alignment=False),
+            0,
+        )
+
     def test_defaults_are_those_of_the_loss(self) -> None:
         loss = dict(signature(c2bin_loss))
         for name, default in signature(c2bin_statistics):
