@@ -111,6 +111,12 @@ def test_bounds(lower: Any, upper: Any, found: str | None) -> None:
         check_bounds(lambda a, b: 0 * a.sum() - 1.1e-5)
 
 
+def test_bounds_of_one_view_are_functions_of_its_clusters() -> None:
+    check_bounds(ClusterEntropyRegularizer(), ONE, upper=math.log)
+    with pytest.raises(InvariantError, match=r"outside of \[0, "):
+        check_bounds(ClusterEntropyRegularizer(), ONE, upper=lambda k: math.log(k) / 2)
+
+
 def test_formulas_that_are_given() -> None:
     half = lambda a, b: nce(a, b) / 2  # noqa: E731
     plain = FORMULAS[PAIR]
