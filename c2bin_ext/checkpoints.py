@@ -140,16 +140,15 @@ def _weights(
 
 def _advice(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Name the prefixes under which the checkpoint holds just the weights wanted."""
-    shapes = _shapes(wanted)
+    shapes, given = _shapes(wanted), _shapes(weights)
     if not shapes:
         return ""
     first = next(iter(shapes))
-    ends = [name[: -len(first)] for name in weights if name.endswith(first)]
+    ends = [name[: -len(first)] for name in given if name.endswith(first)]
     fitting = [
         repr(start)
         for start in ends
-        if {n[len(start) :]: s for n, s in _shapes(weights).items() if n.startswith(start)}
-        == shapes
+        if {name[len(start) :]: s for name, s in given.items() if name.startswith(start)} == shapes
     ]
     return f"; it would fit with prefix={' or '.join(fitting)}" if fitting else ""
 
