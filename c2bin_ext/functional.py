@@ -211,12 +211,8 @@ def bca_contrastive_loss(
     views = {"assignments0": assignments0, "assignments1": assignments1}
     _checks.not_logits(views)
     heads = [[view] for view in views.values()]
-    sums = BatchStatistics.of(
-        views=heads,
-        contrast=similarity,
-        balance=False,
-        closed_form=options.has_closed_form,
-    )
+    closed = options.has_closed_form
+    sums = BatchStatistics.of(views=heads, contrast=similarity, balance=False, closed_form=closed)
     total = _total(sums, gather_distributed)
     return _formulas.cluster_terms(total, options)[0]
 
@@ -514,13 +510,8 @@ def _batch(
             )
     for name, tensor in [*named.items(), *fixed.items()]:
         _checks.same_rows(name, tensor, *like)
-    sums = BatchStatistics.of(
-        aligned,
-        assignments,
-        target_assignments or (),
-        contrast=options.similarity,
-        closed_form=options.has_closed_form,
-    )
+    views, closed = (assignments, target_assignments or ()), options.has_closed_form
+    sums = BatchStatistics.of(aligned, *views, contrast=options.similarity, closed_form=closed)
     _checks.not_logits(named, sums.mass)
     _checks.not_logits(fixed)
     return sums
