@@ -186,6 +186,9 @@ def candidates_for(
         WHOLE: objective,
         f"{WHOLE}, against the follower": against_follower,
         f'{CLUSTERS}, `similarity="dot"`': clusters_of(similarity="dot"),
+        f"{CLUSTERS}, as printed": clusters_of(
+            similarity="dot", symmetric=False, positive_in_denominator=False
+        ),
     }
     if grid:
         found |= {
