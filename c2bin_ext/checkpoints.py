@@ -78,12 +78,11 @@ def load_backbone(
             f"checkpoint: expected weights whose names start with {prefix!r}, "
             f"got names that start with {_list(starts)}{_advice(weights, wanted)}"
         )
+    given = _shapes(found)
     shapes = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if isinstance(value, Tensor)
-        and isinstance(found.get(name), Tensor)
-        and found[name].shape != value.shape
+        f"{name} {tuple(given[name])} instead of {tuple(shape)}"
+        for name, shape in _shapes(wanted).items()
+        if given.get(name, shape) != shape
     ]
     problems = {
         "missing": [name for name in wanted if name not in found],

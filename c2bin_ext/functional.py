@@ -510,7 +510,8 @@ def _batch(
             )
     for name, tensor in [*named.items(), *fixed.items()]:
         _checks.same_rows(name, tensor, *like)
-    views, closed = (assignments, target_assignments or ()), options.has_closed_form
+    views = assignments, target_assignments or ()
+    closed = options.has_closed_form
     sums = BatchStatistics.of(aligned, *views, contrast=options.similarity, closed_form=closed)
     _checks.not_logits(named, sums.mass)
     _checks.not_logits(fixed)

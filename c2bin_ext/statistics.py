@@ -29,7 +29,24 @@ __all__ = ["BatchStatistics", "HeadStatistics", "at_value_of"]
 
 
 def at_value_of(own: Tensor, total: Tensor) -> Tensor:
-    """Return the value of `total` with the gradient of `own`."""
+    """Return the value of `total` with the gradient of `own`.
+
+    Formula: `own + sg(total - own)`, with `sg` the stop-gradient.
+
+    Args:
+        own: sums over the instances at hand, any shape.
+        total: sums over more instances, of the same shape.
+
+    Returns:
+        A tensor of that shape.
+
+    Examples:
+        >>> import torch
+        >>> from c2bin_ext.statistics import at_value_of
+        >>> own = torch.tensor(2.0, requires_grad=True)
+        >>> at_value_of(own, torch.tensor(5.0)) ** 2
+        tensor(25., grad_fn=<PowBackward0>)
+    """
     return own + (total - own).detach()
 
 
