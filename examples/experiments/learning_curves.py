@@ -115,7 +115,7 @@ def run(args: Any) -> None:
         f"Seconds an epoch: {seconds}."
     ]
     if open_rows:
-        parts += [f"Not at their end, whole epochs so far: {', '.join(open_rows)}."]
+        parts += [f"Not scored at the end, whole epochs so far: {', '.join(open_rows)}."]
     text = "\n\n".join([*parts, f"![Scores while training]({args.name}.png)"])
     record["rows"] = [
         {
