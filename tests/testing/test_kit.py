@@ -48,7 +48,7 @@ from c2bin_ext.testing import (
     parametrize_with_invariants,
     presets,
 )
-from c2bin_ext.testing._invariants import FORMULAS, REGISTRY
+from c2bin_ext.testing._invariants import FORMULAS, ORDINARY, REGISTRY, _same
 from c2bin_ext.testing._search import name_of, show
 
 ROOT = Path(c2bin_ext.__file__).parent.parent
@@ -222,6 +222,25 @@ def test_inputs_without_ties_have_none(kind: Any) -> None:
     for view in seen:
         unit = torch.nn.functional.normalize(view)
         assert (unit @ unit.T - 2 * torch.eye(len(view))).max() < 1 - 1e-9
+    entries = torch.cat([view.flatten() for view in seen])
+    if kind == EMBEDDED:
+        assert entries.abs().min() > 0
+        assert entries.lt(0).double().mean().item() == pytest.approx(0.5, abs=0.1)
+        assert entries.abs().max() < 5
+    else:
+        assert all(torch.allclose(view.sum(dim=1), torch.ones(()).double()) for view in seen[:1])
+        assert entries.min() > 0
+
+
+def test_the_same_but_for_the_order_of_a_sum() -> None:
+    assert _same(1e9 * (1 + 1e-13), 1e9)
+    assert not _same(1e9 * (1 + 1e-11), 1e9)
+    assert _same(0.0, 1e-13)
+    assert not _same(0.0, 1e-11)
+
+
+def test_kinds_of_inputs_exist() -> None:
+    assert set(ORDINARY) < set(testing.ASSIGNMENT_KINDS) | set(testing.EMBEDDING_KINDS)
 
 
 # --- exceptions, and results that are no scalar ---------------------------------------------------
@@ -324,7 +343,8 @@ def test_message() -> None:
     error = caught.value
     assert isinstance(error, InvariantError)
     assert (error.invariant, error.formula) == ("view_swap", lines[2].split(": ")[1])
-    assert type(error).__module__ == "c2bin_ext.testing"
+    for public in (InvariantError, InvariantsError, LossRaisedError):
+        assert public.__module__ == "c2bin_ext.testing"
 
 
 SCALING = "positive_scaling"
@@ -439,6 +459,74 @@ def test_infonce_leaves_out_what_its_options_give_up(options: Any, left_out: set
     assert {"view_swap", SCALING} & set(report.skipped) == left_out
 
 
+def test_infonce_holds_its_options() -> None:
+    assert presets.infonce(similarity="dot", symmetric=False).skip == {"view_swap", SCALING}
+    assert presets.infonce().skip == set()
+    assert presets.infonce().options["bounds"] == {"lower": -math.inf, "upper": math.inf}
+    assert "gradient" not in presets.infonce().options
+    hard, scale = torch.eye(3, dtype=torch.float64), torch.tensor([[1.0], [2.0], [3.0]])
+    for embeddings in (False, True):
+        preset = presets.infonce(0.1, embeddings=embeddings)
+        formula = preset.options["follows_formula"]["formula"]
+        assert formula(hard, hard).item() == pytest.approx(math.log1p(2 * math.exp(-10)), rel=1e-9)
+        # What is compared has no length: rows of embeddings, columns of assignments.
+        rows, columns = scale * (hard + 1), (scale * (hard + 1)).T
+        scaled, other = (rows, columns) if embeddings else (columns, rows)
+        plain = formula(hard + 1, hard).item()
+        assert formula(scaled, hard).item() == pytest.approx(plain, rel=1e-12)
+        assert formula(other, hard).item() != pytest.approx(plain, rel=1e-3)
+        trained = preset.options.get("gradient", {}).get("of")
+        assert trained == (("prediction", "target") if embeddings else None)
+
+
+def test_presets_name_what_there_is() -> None:
+    infonce = presets.infonce(similarity="dot", symmetric=False, embeddings=True)
+    for preset in (infonce, presets.own_values, presets.full_precision, presets.trains_both):
+        assert preset.skip <= set(REGISTRY)
+        assert preset.skip or preset.options
+        assert preset.min_rows == 1
+        for name, options in preset.options.items():
+            assert set(options) <= set(REGISTRY[name].options)
+
+
+def test_a_preset_has_bounds() -> None:
+    preset = presets.follows(FORMULAS[ONE], 0, 1e-9)
+    report = check_invariants(gap, ONE, preset=preset, only=["bounds", "dtype"], raises=False)
+    assert list(report.failed) == ["bounds"]
+
+
+def test_the_formula_of_tiny_columns_and_on_any_device() -> None:
+    views = torch.rand(2, 4, 3, dtype=torch.float64)
+    tiny = presets.contrast(*(1e-140 * views))
+    torch.testing.assert_close(tiny, presets.contrast(*views), rtol=1e-12, atol=0)
+    assert presets.contrast(*views.to("meta"), positive_in_denominator=False).is_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "kind", "drawn"),
+    [
+        ("instance_permutation", lambda view: view[0].square().sum(), ONE, ["permutation"]),
+        ("cluster_relabelling", lambda view: view[:, 0].sum(), ONE, ["permutation"]),
+        (SCALING, align, PAIR, ["assignments0_scale", "assignments1_scale"]),
+        ("strictly_monotone", lambda view: -gap(view), ONE, ["clusters", "nearer", "farther"]),
+    ],
+)
+def test_an_example_names_what_was_drawn(name: str, loss: Any, kind: Any, drawn: list[str]) -> None:
+    inputs = {ONE: ["assignments"], PAIR: ["assignments0", "assignments1"]}[kind]
+    report = check_invariants(loss, kind, only=[name], raises=False)
+    assert list(report.failed[name].example) == [*inputs, *drawn]
+
+
+@pytest.mark.parametrize(
+    ("kind", "drawn"), [(PAIR, "rows_of_each_cluster_moved"), (EMBEDDED, "angles")]
+)
+def test_an_example_names_the_views_that_were_built(kind: Any, drawn: str) -> None:
+    constant = lambda a, b: 0 * (a + b).sum()  # noqa: E731
+    report = check_invariants(constant, kind, only=["strictly_monotone"], raises=False)
+    example = report.failed["strictly_monotone"].example
+    assert list(example) == [drawn, "nearer", "farther", "first"]
+
+
 def test_report() -> None:
     report = check_invariants(one_direction, only=["view_swap", "dtype"], raises=False)
     assert (report.passed, list(report.failed)) == (("dtype",), ["view_swap"])
@@ -451,6 +539,9 @@ def test_report() -> None:
     # All that were skipped are in one line.
     assert lines[-1] == f"  skipped: {', '.join(report.skipped)}"
     assert len(lines) == 8
+    # What there is none of has no line.
+    whole = testing.Report("mine", ("dtype",), {}, ())
+    assert str(whole) == "mine: 1 of 1 hold\n  hold: dtype"
 
 
 def test_examples_repeat_whatever_is_imported() -> None:
@@ -626,8 +717,24 @@ def test_by_name(loss, invariant):
     assert run.stdout.count("skipped") == 1
 
 
+def test_a_test_takes_what_it_names() -> None:
+    def one(check: Any) -> None: ...
+
+    def two(invariant: str, loss: Any) -> None: ...
+
+    for test, names in ((one, ["check"]), (two, ["loss", "invariant"])):
+        only = {"only": ["bounds", "dtype"]}
+        (mark,) = parametrize_with_invariants(nce, **only)(test).pytestmark
+        taken, rows = mark.args
+        assert (taken, mark.kwargs) == (names, {"ids": ["bounds", "dtype"]})
+        assert len(rows) == 2
+    assert rows == [(nce, "bounds"), (nce, "dtype")]
+
+
 def test_parametrize_refuses() -> None:
-    with pytest.raises(TypeError, match="expected the parameter `check`"):
+    with pytest.raises(
+        TypeError, match=r"^test_nothing: expected the parameter `check`, got \[\]$"
+    ):
 
         @parametrize_with_invariants(gap, ONE)
         def test_nothing() -> None: ...

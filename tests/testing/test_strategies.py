@@ -157,6 +157,12 @@ def test_shards_are_uneven() -> None:
         (lambda: testing.assignments(kinds=["soft"]), "kinds: expected a sequence out of"),
         (lambda: testing.embeddings(features=0), "features: expected an int or range >= 1"),
         (lambda: testing.paired_embeddings(relations=[]), "relations: expected a sequence"),
+        (lambda: testing.paired_assignments(relations=["same"]), "relations: expected a sequence"),
+        (lambda: testing.embeddings(rows=0), "rows: expected an int or range >= 1"),
+        (lambda: testing.embeddings(kinds=["soft"]), "kinds: expected a sequence out of"),
+        (lambda: testing.paired_embeddings(rows=0), "rows: expected an int or range >= 1"),
+        (lambda: testing.paired_embeddings(features=0), "features: expected an int or range >= 1"),
+        (lambda: testing.paired_assignments(clusters=1), "clusters: expected an int or range >= 2"),
         (lambda: testing.scales(clusters=1), "clusters: expected"),
         (lambda: testing.shards(rows=0), "rows: expected an int or range >= 1"),
         (lambda: testing.paired_assignments(rows=0), "rows: expected an int or range >= 1"),
@@ -424,6 +430,11 @@ def test_sizes() -> None:
     assert {view.shape for view in drawn(testing.assignments(), 400)} == {
         (n, k) for n in range(1, 7) for k in range(2, 6)
     }
+    pairs: Any = [(testing.paired_assignments(), 2), (testing.paired_embeddings(), 1)]
+    for strategy, least in pairs:
+        sizes = [pair[0].shape for pair in drawn(strategy, 400)]
+        assert {rows for rows, _ in sizes} == set(range(1, 7))
+        assert {columns for _, columns in sizes} == set(range(least, 6))
     # One row, two clusters, one feature are the least, and allowed.
     assert drawn(testing.assignments(rows=1, clusters=2), 1)[0].shape == (1, 2)
     assert drawn(testing.embeddings(rows=1, features=1), 1)[0].shape == (1, 1)

@@ -696,11 +696,12 @@ SHORT = {ONE: "A", PAIR: "AA", EMBEDDED: "EE"}
 
 def table_of_invariants() -> str:
     """What the docs show."""
-    lines = ["| name | what holds | kinds | options |", "| --- | --- | --- | --- |"]
+    lines = ["| name | formula | what holds | kinds | options |", "| --- " * 5 + "|"]
     for name, invariant in REGISTRY.items():
         kinds = ", ".join(SHORT[kind] for kind in invariant.kinds)
         options = ", ".join(f"`{o}`" for o in invariant.options if o not in ("rtol", "atol"))
-        lines.append(f"| `{name}` | {invariant.what} | {kinds} | {options} |")
+        row = [f"`{name}`", f"`{invariant.holds}`", invariant.what, kinds, options]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
