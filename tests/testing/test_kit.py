@@ -621,6 +621,8 @@ def test_shapes(kind: Any) -> None:
     assert seen == {(4, 2), (6, 3)}
     # Of one instance, nothing is to be seen of what is contrasted.
     check_every_input_matters(lambda *views: torch.zeros(()), kind, shapes=[(1, 4)])
+    with pytest.raises(InvariantError):
+        check_every_input_matters(lambda *views: torch.zeros(()), kind, shapes=[(2, 2)])
 
 
 def test_device_and_number_of_examples() -> None:
