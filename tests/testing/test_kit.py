@@ -450,15 +450,6 @@ def test_a_message_is_a_sentence(name: str, loss: Any, kind: Any, problem: str) 
     assert re.fullmatch(pattern, report.failed[name].problem)
 
 
-@pytest.mark.parametrize(
-    ("options", "left_out"),
-    [({}, set()), ({"symmetric": False}, {"view_swap"}), ({"similarity": "dot"}, {SCALING})],
-)
-def test_infonce_leaves_out_what_its_options_give_up(options: Any, left_out: set[str]) -> None:
-    report = check_invariants(BCAContrastiveLoss(**options), preset=presets.infonce(**options))
-    assert {"view_swap", SCALING} & set(report.skipped) == left_out
-
-
 def test_infonce_holds_its_options() -> None:
     assert presets.infonce(similarity="dot", symmetric=False).skip == {"view_swap", SCALING}
     assert presets.infonce().skip == set()
