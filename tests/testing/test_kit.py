@@ -181,7 +181,7 @@ def test_gradients_of_losses_that_compute_in_one_dtype(dtype: torch.dtype) -> No
 
     check_gradient(right, EMBEDDED, max_examples=100, derandomize=False)
     check_gradient(lambda a, b: 0.5 * nce(a.to(dtype), b.to(dtype)).double(), max_examples=100)
-    for wrong in (0.5, 0.98, 0.0, -1.0):
+    for wrong in (0.5, 0.98, 1.02, 2.0, 0.0, -1.0):
 
         def loss(p: Tensor, z: Tensor, wrong: float = wrong) -> Tensor:
             value = right(p, z)

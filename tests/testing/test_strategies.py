@@ -383,6 +383,11 @@ def test_independent_assignments() -> None:
     assert any((a * b).sum() == 0 for a, b in pairs)
 
 
+def test_pairs_of_assignments_are_exact_in_double_precision() -> None:
+    pairs = drawn(testing.paired_assignments(kinds=["ratios"], dtype=torch.float64), 60)
+    assert all(((view.sum(1) - 1).abs() < 1e-15).all() for pair in pairs for view in pair)
+
+
 def pairs_of_embeddings(relation: str) -> list[tuple[Tensor, Tensor]]:
     return drawn(
         testing.paired_embeddings(
