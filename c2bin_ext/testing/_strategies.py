@@ -31,7 +31,7 @@ def size(name: str, value: Size, minimum: int) -> st.SearchStrategy[int]:
 
 def known(name: str, values: Sequence[T], options: Sequence[T]) -> tuple[T, ...]:
     """Return `values`, of which there must be one at least, and each must be an option."""
-    if isinstance(values, str) or not values or not set(values) <= set(options):
+    if not values or not set(values) <= set(options):
         raise ValueError(f"{name}: expected a sequence out of {tuple(options)}, got {values!r}")
     return tuple(values)
 

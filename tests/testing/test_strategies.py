@@ -155,6 +155,7 @@ def test_shards_are_uneven() -> None:
         (lambda: testing.assignments(clusters=1), "clusters: expected an int or range >= 2"),
         (lambda: testing.assignments(rows=(3, 2)), "rows: expected an int or range >= 1"),
         (lambda: testing.assignments(kinds=["soft"]), "kinds: expected a sequence out of"),
+        (lambda: testing.assignments(kinds="uniform"), "kinds: expected a sequence out of"),
         (lambda: testing.embeddings(features=0), "features: expected an int or range >= 1"),
         (lambda: testing.paired_embeddings(relations=[]), "relations: expected a sequence"),
         (lambda: testing.paired_assignments(relations=["same"]), "relations: expected a sequence"),
