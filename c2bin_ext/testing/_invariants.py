@@ -114,9 +114,9 @@ class Trial(dict[str, Any]):
         known = strategies.EMBEDDING_KINDS if self.embedded else strategies.ASSIGNMENT_KINDS
         pair = strategies.paired_embeddings if self.embedded else strategies.paired_assignments
         strategy: Any = strategies.assignments if self.kind == ALL[0] else pair
-        how: dict[str, Any] = {"features" if self.embedded else "clusters": columns}
-        how |= {"kinds": [kind for kind in known if kind in kinds], "dtype": self.given_dtype}
-        views = self.sample(strategy(rows=rows, **how))
+        named = {*strategies.known("inputs", kinds, EVERYTHING)} & {*known}
+        how: Any = {"features" if self.embedded else "clusters": columns, "dtype": self.given_dtype}
+        views = self.sample(strategy(rows=rows, kinds=sorted(named, key=known.index), **how))
         return self.inputs(*([views] if isinstance(views, Tensor) else views))
 
     def without_ties(self, rows: int) -> list[Tensor]:
