@@ -62,6 +62,7 @@ class Invariant:
             raise ValueError(f"kind: {self.name} expected one of {self.kinds}, got {kind!r}")
         if unknown := sorted(set(given) - set(self.options)):
             raise ValueError(f"options: {self.name} expected {[*self.options]}, got {unknown}")
+        strategies.known("inputs", given.get("inputs", ORDINARY), EVERYTHING)
         options = SimpleNamespace(**{**self.options, **given})
         dtypes = [*getattr(options, "dtypes", [torch.float64])]  # float64: tolerances are tight
         for dtype in dtypes + [torch.float32] * getattr(options, "autocast", False):
@@ -114,9 +115,8 @@ class Trial(dict[str, Any]):
         known = strategies.EMBEDDING_KINDS if self.embedded else strategies.ASSIGNMENT_KINDS
         pair = strategies.paired_embeddings if self.embedded else strategies.paired_assignments
         strategy: Any = strategies.assignments if self.kind == ALL[0] else pair
-        named = {*strategies.known("inputs", kinds, EVERYTHING)} & {*known}
         how: Any = {"features" if self.embedded else "clusters": columns, "dtype": self.given_dtype}
-        views = self.sample(strategy(rows=rows, kinds=sorted(named, key=known.index), **how))
+        views = self.sample(strategy(rows=rows, kinds=[k for k in known if k in kinds], **how))
         return self.inputs(*([views] if isinstance(views, Tensor) else views))
 
     def without_ties(self, rows: int) -> list[Tensor]:

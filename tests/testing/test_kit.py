@@ -453,6 +453,8 @@ def test_a_message_is_a_sentence(name: str, loss: Any, kind: Any, problem: str) 
 
 def test_infonce_holds_its_options() -> None:
     assert presets.infonce(similarity="dot", symmetric=False).skip == {"view_swap", SCALING}
+    assert presets.infonce(symmetric=False).skip == {"view_swap"}
+    assert presets.infonce(similarity="dot").skip == {SCALING}
     assert presets.infonce().skip == set()
     assert presets.infonce().options["bounds"] == {"lower": -math.inf, "upper": math.inf}
     assert "gradient" not in presets.infonce().options
